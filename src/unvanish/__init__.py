@@ -1,0 +1,63 @@
+"""Watch a PyTorch training layer by layer, and learn what is wrong with it.
+
+`diagnose` and what it needs work on a machine without torch; the names that touch a model are loaded
+when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .diagnose import DEFAULT_RULES as DEFAULT_RULES
+from .diagnose import diagnose as diagnose
+from .diagnose import without as without
+from .errors import LayerError as LayerError
+from .errors import OptionError as OptionError
+from .errors import RecordError as RecordError
+from .errors import TargetError as TargetError
+from .errors import UnvanishError as UnvanishError
+from .records import Finding as Finding
+from .records import Findings as Findings
+from .records import Layer as Layer
+from .records import Recording as Recording
+from .records import Trace as Trace
+from .trace import read_recording as read_recording
+from .version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from .check import check as check
+    from .session import Run as Run
+    from .session import watch as watch
+
+_NEEDS_TORCH = {"watch": "session", "Run": "session", "check": "check"}
+
+__all__ = [
+    "DEFAULT_RULES",
+    "Finding",
+    "Findings",
+    "Layer",
+    "LayerError",
+    "OptionError",
+    "RecordError",
+    "Recording",
+    "Run",
+    "TargetError",
+    "Trace",
+    "UnvanishError",
+    "__version__",
+    "check",
+    "diagnose",
+    "read_recording",
+    "watch",
+    "without",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEEDS_TORCH:
+        # "check" is a module and a function: the function must win once it is asked for
+        value = getattr(importlib.import_module(f".{_NEEDS_TORCH[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,261 @@
+"""One sampled step: what the forward and the backward pass leave in the staging ring.
+
+Global module hooks see every call, also of modules that no model registers; they are there only while a
+step is sampled. Gradients are read at the end of `backward`: summed over devices, before any clipping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from .graph import GraphPlan, Node, first_nonfinite, plan_graph, prediction_and_target, saved, walk
+from .layers import is_layer
+from .roster import Roster
+from .staging import Stage
+
+MAX_PLANS = 32
+SPECIAL = -1  # the "layer" of the rows of prediction and target
+
+
+class Capture:
+    """Takes the samples of one step at a time.
+
+    Args:
+        roster: Learns the modules that run.
+        guard: Wraps a callback so that its failure switches watching off instead of the training.
+    """
+
+    def __init__(self, roster: Roster, guard: Any) -> None:
+        self.roster = roster
+        self.stage: Stage | None = None
+        self.plan: GraphPlan | None = None
+        self.loss_kind = ""
+        self.compiled = False
+        self._guard = guard
+        self._handles: list[Any] = []
+        self._stack: list[nn.Module] = []
+        self._outputs: dict[Node, str] = {}
+        self._root_outputs: list[Tensor] = []
+        self._deltas: dict[int, Tensor] = {}
+        self._plans: dict[tuple[str, ...], GraphPlan] = {}
+
+    @property
+    def is_armed(self) -> bool:
+        """Say whether this step is being sampled."""
+        return bool(self._handles)
+
+    def arm(self) -> None:
+        """Begin to sample: from now on forward calls leave blocks behind."""
+        if self._handles or self.compiled:
+            return
+        self._stack.clear()
+        self._handles = [
+            register_module_forward_pre_hook(self._guard(self._before_call)),
+            register_module_forward_hook(self._guard(self._after_call), with_kwargs=True, always_call=True),
+        ]
+
+    def disarm(self) -> None:
+        """Stop sampling and forget what is held of the step."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the graph nodes and tensors of the step, so that their memory can go."""
+        self._stack.clear()
+        self._outputs.clear()
+        self._root_outputs.clear()
+        self._deltas.clear()
+
+    def _before_call(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if not self._stack and _is_compiled(module):
+            # A hook traced into a compiled graph would cost a compilation each time it comes or goes.
+            self.compiled = True
+            for handle in self._handles:
+                handle.remove()
+            self._enter(module)
+            return
+        if not self._stack and not self.roster.knows(module):
+            self._enter(module)
+        self._stack.append(module)
+
+    def _enter(self, model: nn.Module) -> None:
+        """Meet a model for the first time."""
+        if isinstance(model, nn.modules.loss._Loss) or next(model.parameters(), None) is None:
+            return
+        if self.roster.models and not any(model is m or self.roster.knows(model) for m in self.roster.models):
+            return
+        self.meet(model)
+
+    def meet(self, model: nn.Module) -> None:
+        """Name a model and make room for its layers."""
+        members = self.roster.enter(model)
+        if self.stage is None:
+            parameter = next((p for p in model.parameters()), None)
+            device = torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device
+            self.stage = Stage(device)
+        for member in members:
+            self.stage.add_layer(member.module)
+            self.stage.block_row(member.number, "output")
+            self.stage.block_row(member.number, "activation")
+        for what in ("prediction", "target"):
+            self.stage.block_row(SPECIAL, what)
+        self.stage.make_room()
+
+    def _after_call(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        while self._stack and self._stack.pop() is not module:
+            pass  # a call that raised left its modules behind
+        stage = self.stage
+        if output is None or stage is None or not torch.is_grad_enabled() or _in_backward():
+            return
+        if not self.roster.knows(module):
+            self._adopt(module)
+        tensor = _first_tensor(output)
+        if tensor is None:
+            return
+        if tensor.grad_fn is not None:
+            self._outputs.setdefault(tensor.grad_fn, self.roster.names.get(module, ""))
+        member = self.roster.member(module)
+        if member is not None:
+            self.roster.called(member, tensor, _first_tensor((args, kwargs)))
+            row = stage.block_row(member.number, "output")
+            if row not in stage.slot.counts:
+                stage.take_block(row, tensor.detach(), member.unit_dim)
+            if tensor.requires_grad and member.number not in self._deltas:
+                self._follow(tensor, member.number)
+        if not self._stack:
+            self._leave(module, (args, kwargs), output)
+
+    def _adopt(self, module: nn.Module) -> None:
+        """Take in a layer that runs inside a model but that no model lists."""
+        stage = self.stage
+        if stage is None or not self._stack or not is_layer(module) or not self.roster.knows(self._stack[0]):
+            return
+        for member in self.roster.adopt(module, list(self._stack)):
+            stage.add_layer(member.module)
+            stage.block_row(member.number, "output")
+            stage.block_row(member.number, "activation")
+            stage.make_room()
+
+    def _follow(self, tensor: Tensor, number: int) -> None:
+        """Note the norm of the gradient at a layer's output when it comes by."""
+        deltas = self._deltas
+
+        def at_output(grad: Tensor) -> None:
+            if number not in deltas:
+                dtype = torch.float32 if grad.dtype in (torch.float16, torch.bfloat16) else None
+                deltas[number] = torch.linalg.vector_norm(grad, dtype=dtype)
+
+        tensor.register_hook(self._guard(at_output))  # type: ignore[no-untyped-call]
+
+    def _leave(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        """Note input and output of a model."""
+        stage, root = self.stage, self.roster.root_of(model)
+        if stage is None or root < 0:
+            return
+        tensors = [t for t in _tensors(output) if t.is_floating_point() and t.numel() > 1]
+        self._root_outputs.extend(tensors[:4])
+        for what, tensor in (("input", _first_tensor(inputs)), ("output", tensors[0] if tensors else None)):
+            if tensor is None or not tensor.is_floating_point():
+                continue
+            row = stage.block_row(SPECIAL - 1 - root, what)
+            if stage.needs_room():
+                stage.make_room()
+            if row not in stage.slot.counts:
+                stage.take_block(row, tensor.detach(), 1 if tensor.dim() == 4 else -1)
+                if what == "input":
+                    stage.slot.facts.setdefault("batch", float(tensor.shape[0]) if tensor.dim() else 1.0)
+
+    def read_graph(self, loss: Tensor) -> None:
+        """Read activations, prediction and target from the graph of a loss, before it is freed."""
+        stage = self.stage
+        if stage is None or loss.grad_fn is None:
+            return
+        nodes, signature = walk(loss.grad_fn)
+        plan = self._plans.get(signature)
+        if plan is None:
+            plan = plan_graph(nodes, signature, self._outputs, frozenset(self.roster.by_name))
+            if len(self._plans) < MAX_PLANS:
+                self._plans[signature] = plan
+            self._note(plan)
+        self.plan = plan
+        for place, layer, activation in plan.activations:
+            member = self.roster.by_name[layer]
+            row = stage.block_row(
+                member.number, "activation", (activation.dead_at, activation.low, activation.high)
+            )
+            value = saved(nodes[place], activation.saved)
+            if value is not None and row not in stage.slot.counts:
+                stage.take_block(row, value, member.unit_dim if value.dim() > 2 else -1)
+        prediction, target, kind = prediction_and_target(nodes, self._root_outputs)
+        self.loss_kind = kind or self.loss_kind
+        for what, value in (("prediction", prediction), ("target", target)):
+            if value is not None and value.numel() and not value.is_complex():
+                stage.take_block(stage.block_row(SPECIAL, what), value, -1)
+
+    def _note(self, plan: GraphPlan) -> None:
+        """Keep what a new kind of graph says of the layers."""
+        for name, depth in plan.depths.items():
+            self.roster.by_name[name].path_depth = depth
+        for _, layer, activation in plan.activations:
+            self.roster.by_name[layer].activation = activation.kind
+
+    def read_gradients(self) -> None:
+        """Read gradients and backward norms, at the end of a backward pass."""
+        if self.stage is not None:
+            self.stage.take_grads(range(len(self.stage.rows)))
+            self.stage.take_deltas(self._deltas)
+
+    def locate_nonfinite(self, loss: Tensor) -> dict[str, Any]:
+        """Say where a loss that is not finite came from."""
+        if loss.grad_fn is None:
+            return {}
+        nodes, signature = walk(loss.grad_fn)
+        plan = self._plans.get(signature)
+        names = (
+            plan.names
+            if plan is not None
+            else {i: self._outputs[n] for i, n in enumerate(nodes) if n in self._outputs}
+        )
+        return first_nonfinite(nodes, names)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+
+
+def _in_backward() -> bool:
+    """Say whether autograd is running: activation checkpointing repeats the forward pass there."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Return the tensors of a nested output, in order; at most a few levels deep."""
+    found: list[Tensor] = []
+    stack = [(value, 0)]
+    while stack and len(found) < 16:
+        item, depth = stack.pop()
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif depth < 4 and isinstance(item, Mapping):
+            stack.extend((v, depth + 1) for v in reversed(list(item.values())))
+        elif depth < 4 and isinstance(item, (tuple, list)):
+            stack.extend((v, depth + 1) for v in reversed(item[:16]))
+    return found
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value
+    tensors = _tensors(value)
+    return tensors[0] if tensors else None

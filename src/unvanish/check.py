@@ -1,0 +1,1 @@
+"""Look at a model before it trains: one forward and one backward pass on one batch."""

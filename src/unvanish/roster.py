@@ -1,0 +1,203 @@
+"""Who is who in a watched run: modules, their names, and the facts of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .layers import (
+    clean_name,
+    fan,
+    has_equal_units,
+    is_batch_norm,
+    is_layer,
+    is_normalisation,
+    looks_fresh,
+    own_parameters,
+    recurrent_radius,
+    unregistered_name,
+)
+from .records import Layer
+
+MAX_LAYERS = 1024
+
+_CHANNELS_FIRST = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+)
+
+
+@dataclass
+class Member:
+    """One layer under watch."""
+
+    module: nn.Module
+    name: str
+    number: int
+    root: int
+    is_registered: bool = True
+    position: int = -1  # order of the first call; -1 = never called
+    activation: str = ""
+    units: int = 0
+    norm_values: int = 0
+    path_depth: int = 0
+    sequence: int = 0
+    started_equal: bool = False
+    updates: int = 0
+    parameters: frozenset[int] = field(default_factory=frozenset)  # ids
+
+    @property
+    def unit_dim(self) -> int:
+        """The dimension of the output that runs over units."""
+        return 1 if isinstance(self.module, _CHANNELS_FIRST) else -1
+
+
+class Roster:
+    """The layers met so far, by module.
+
+    Args:
+        models: Watch only these, and what runs inside of them; empty: every model that runs.
+    """
+
+    def __init__(self, models: Sequence[nn.Module] = ()) -> None:
+        self.models = tuple(models)
+        self.members: list[Member] = []
+        self.by_name: dict[str, Member] = {}
+        self.names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self.roots: list[str] = []
+        self.left_out = 0
+        self._by_module: WeakKeyDictionary[nn.Module, Member] = WeakKeyDictionary()
+        self._root_of: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        self._calls = 0
+
+    def member(self, module: nn.Module) -> Member | None:
+        """Return the layer of that module, if it is one."""
+        return self._by_module.get(module)
+
+    def knows(self, module: nn.Module) -> bool:
+        """Say whether the module has a name here."""
+        return module in self.names
+
+    def root_of(self, module: nn.Module) -> int:
+        """Return the number of the model that the module belongs to; -1 if unknown."""
+        return self._root_of.get(module, -1)
+
+    def enter(self, model: nn.Module) -> list[Member]:
+        """Name a model and all it holds; return its layers that are new."""
+        number, prefix = len(self.roots), ""
+        label = type(model).__name__
+        if self.models and model in self.models:
+            prefix = "" if len(self.models) == 1 else f"{label}{self.models.index(model)}."
+        elif self.roots:
+            same = sum(root.split("-")[0] == label for root in self.roots)
+            prefix = f"{label}-{same + 1}." if same else f"{label}."
+        self.roots.append(label)
+        new = []
+        for name, module in model.named_modules():
+            full = clean_name(prefix + name) if name else prefix.rstrip(".")
+            if module not in self.names:
+                self.names[module] = full
+                self._root_of[module] = number
+                if is_layer(module):
+                    new += self._add(module, full or type(module).__name__, number)
+        return new
+
+    def adopt(self, module: nn.Module, owners: Sequence[nn.Module]) -> list[Member]:
+        """Name a module that runs inside of ``owners`` but that no model lists; return it as new layer."""
+        named = [(self.names.get(owner, ""), owner) for owner in owners]
+        root = self._root_of.get(owners[0], 0) if owners else 0
+        found = unregistered_name(module, named)
+        name = found or f"{type(module).__name__}@{len(self.members)}"
+        self.names[module] = name
+        self._root_of[module] = root
+        return self._add(module, name, root, is_registered=False) if is_layer(module) else []
+
+    def _add(self, module: nn.Module, name: str, root: int, *, is_registered: bool = True) -> list[Member]:
+        if len(self.members) == MAX_LAYERS:
+            self.left_out += 1
+            return []
+        while name in self.by_name:
+            name += "'"
+        member = Member(module, name, len(self.members), root, is_registered)
+        member.parameters = frozenset(id(p) for _, p in own_parameters(module))
+        member.started_equal = _quietly(has_equal_units, module)
+        self.members.append(member)
+        self.by_name[name] = member
+        self._by_module[module] = member
+        return [member]
+
+    def called(self, member: Member, output: Tensor, first_input: Tensor | None) -> None:
+        """Note the facts that only a call shows; the first call decides."""
+        if member.position >= 0:
+            return
+        member.position = self._calls
+        self._calls += 1
+        dim = member.unit_dim
+        member.units = output.shape[dim] if output.dim() > 1 else 1
+        if is_batch_norm(member.module) and member.module.training and first_input is not None:
+            member.norm_values = first_input.numel() // max(first_input.shape[1], 1)
+        if isinstance(member.module, nn.RNNBase) and first_input is not None and first_input.dim() > 1:
+            member.sequence = first_input.shape[1 if member.module.batch_first else 0]
+
+    def layers(self, owned: frozenset[int], elsewhere: frozenset[int]) -> tuple[Layer, ...]:
+        """Return the facts of all layers, as one optimiser sees them.
+
+        Args:
+            owned: Ids of the parameters of this optimiser.
+            elsewhere: Ids of the parameters of the run's other optimisers.
+        """
+        return tuple(self._facts(member, owned, elsewhere) for member in self.members)
+
+    def _facts(self, member: Member, owned: frozenset[int], elsewhere: frozenset[int]) -> Layer:
+        parameters = [p for _, p in own_parameters(member.module)]
+        trainable = any(p.requires_grad for p in parameters)
+        weight = max((p for p in parameters if p.dim() >= 2), key=lambda p: p.numel(), default=None)
+        is_owned = bool(member.parameters & owned)
+        is_elsewhere = bool(member.parameters & elsewhere)
+        untouched = not (is_owned or is_elsewhere) or not trainable
+        return Layer(
+            name=member.name,
+            kind=type(member.module).__name__,
+            parameters=sum(_numel(p) for p in parameters),
+            position=member.position,
+            activation=member.activation,
+            units=member.units,
+            fan_in=0 if weight is None else fan(weight)[0],
+            is_trainable=trainable,
+            is_optimised=is_owned,
+            is_optimised_elsewhere=is_elsewhere,
+            is_registered=member.is_registered,
+            is_fresh=untouched and not is_elsewhere and _quietly(looks_fresh, member.module),
+            is_symmetric=member.started_equal
+            and member.updates >= 3
+            and _quietly(has_equal_units, member.module),
+            is_normalisation=is_normalisation(member.module),
+            norm_values=member.norm_values,
+            path_depth=member.path_depth,
+            recurrent_radius=_quietly(recurrent_radius, member.module) or 0.0,
+            sequence=member.sequence,
+        )
+
+
+def _numel(parameter: Tensor) -> int:
+    return 0 if isinstance(parameter, nn.parameter.UninitializedParameter) else parameter.numel()
+
+
+def _quietly(question, module: nn.Module):  # type: ignore[no-untyped-def]
+    """Ask about the weights of a module; no for weights that cannot be read (lazy, meta, sharded)."""
+    try:
+        with torch.no_grad():
+            return question(module)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError):
+        return False
+
+
+def parameter_ids(optimizers: Iterable[torch.optim.Optimizer]) -> frozenset[int]:
+    """Return the ids of all parameters of some optimisers."""
+    return frozenset(id(p) for o in optimizers for group in o.param_groups for p in group["params"])

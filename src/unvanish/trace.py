@@ -1,0 +1,297 @@
+"""The record of a run on disk: one SQLite file in WAL mode, bounded whatever the run's length.
+
+Readable while it is written and after ``kill -9``. When a trace is full, every second sample goes and the
+stride doubles, so that the whole run stays covered evenly. If the disk fails, recording goes on in
+memory and the report says so: a training run is never killed by being watched.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import RecordError
+from .records import MEASURES, SCALARS, Event, Layer, Op, Recording, Trace, finite
+
+MAX_SAMPLES = 2_000  # of one trace
+MAX_CELLS = 120_000  # layers x samples of one trace: 16 measures of 4 bytes each make 8 MB
+MAX_LOSSES = 20_000
+MAX_EVENTS = 200
+FILE_NAME = "run.sqlite"
+_APPLICATION_ID = 0x756E7661  # "unva"
+_SCHEMA = """
+CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE trace (id INTEGER PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE sample (trace INTEGER, step INTEGER, scalars BLOB, measures BLOB, PRIMARY KEY (trace, step));
+CREATE TABLE loss (trace INTEGER, step INTEGER, value REAL, PRIMARY KEY (trace, step)) WITHOUT ROWID;
+CREATE TABLE event (trace INTEGER, step INTEGER, kind TEXT, details TEXT);
+"""
+log = logging.getLogger("unvanish")
+
+
+@dataclass
+class Stream:
+    """The growing trace of one optimiser; bounded."""
+
+    number: int
+    name: str
+    samples: dict[int, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = field(default_factory=dict)
+    losses: dict[int, float] = field(default_factory=dict)
+    events: list[Event] = field(default_factory=list)
+    layers: tuple[Layer, ...] = ()
+    loss_paths: tuple[tuple[Op, ...], ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+    total_steps: int = 0
+    sample_stride: int = 1  # in sampled steps: doubles when the trace is full
+    loss_stride: int = 1
+
+    def to_trace(self) -> Trace:
+        """Return the trace as the diagnosis reads it."""
+        steps = np.array(sorted(self.samples), dtype=np.int64)
+        measures = np.full((len(steps), len(self.layers), len(MEASURES)), np.nan, dtype=np.float32)
+        scalars = np.full((len(steps), len(SCALARS)), np.nan)
+        for row, step in enumerate(steps):
+            scalars[row], block = self.samples[int(step)]
+            measures[row, : block.shape[0]] = block[: len(self.layers)]
+        loss_steps = np.array(sorted(self.losses), dtype=np.int64)
+        return Trace(
+            name=self.name,
+            layers=self.layers,
+            steps=steps,
+            measures={name: measures[:, :, i] for i, name in enumerate(MEASURES)},
+            scalars={name: scalars[:, i] for i, name in enumerate(SCALARS)},
+            loss_steps=loss_steps,
+            losses=np.array([self.losses[int(step)] for step in loss_steps]),
+            loss_paths=self.loss_paths,
+            events=tuple(sorted(self.events, key=lambda event: event.step)),
+            total_steps=self.total_steps,
+            facts=json.loads(json.dumps(finite(self.facts))),
+        )
+
+
+class Recorder:
+    """Writes the streams of one run, to a folder if it has one and always to memory.
+
+    Args:
+        folder: Made if missing; None keeps everything in memory.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.run: dict[str, Any] = {}
+        self.streams: list[Stream] = []
+        self.failure = ""
+        self._connection: sqlite3.Connection | None = None
+        if folder is not None:
+            self._try(self._open, folder)
+
+    def stream(self, name: str) -> Stream:
+        """Begin the trace of one more optimiser."""
+        self.streams.append(Stream(len(self.streams), name))
+        return self.streams[-1]
+
+    def write(
+        self,
+        samples: Sequence[tuple[Stream, int, np.ndarray[Any, Any], np.ndarray[Any, Any]]],
+        losses: Sequence[tuple[Stream, int, float]],
+        events: Sequence[tuple[Stream, Event]] = (),
+    ) -> None:
+        """Add sampled steps, losses and first occurrences, and commit them together."""
+        for stream, step, scalars, measures in samples:
+            stream.samples[step] = (scalars, measures)
+        losses = [item for item in losses if item[1] % item[0].loss_stride == 0]
+        for stream, step, value in losses:
+            stream.losses[step] = value
+        events = [item for item in events if len(item[0].events) < MAX_EVENTS]
+        for stream, event in events:
+            stream.events.append(event)
+        self._try(self._insert, samples, losses, events)
+        for touched in {
+            id(s): s for s in [item[0] for item in samples] + [item[0] for item in losses]
+        }.values():
+            self._bound(touched)
+
+    def describe(self) -> None:
+        """Write what is known of run and traces now: layers, totals, facts."""
+        self._try(self._describe)
+
+    def close(self) -> None:
+        """Write the description and close the file, leaving one file without its log."""
+        self.describe()
+        if self._connection is not None:
+            self._try(self._connection.execute, "PRAGMA wal_checkpoint(TRUNCATE)")
+            self._try(self._connection.close)
+            self._connection = None
+
+    def recording(self) -> Recording:
+        """Return the run as it stands."""
+        return Recording(dict(self.run), tuple(stream.to_trace() for stream in self.streams))
+
+    def _open(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(folder / FILE_NAME, check_same_thread=False, timeout=5.0)
+        self._connection = connection
+        if connection.execute("PRAGMA journal_mode=WAL").fetchone()[0] != "wal":
+            log.warning("the folder %s cannot hold a write-ahead log; the record is slower there", folder)
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute(f"PRAGMA application_id={_APPLICATION_ID}")
+        connection.executescript(_SCHEMA)
+
+    def _insert(self, samples: Any, losses: Any, events: Any) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        with connection:
+            connection.executemany(
+                "INSERT OR REPLACE INTO sample VALUES (?, ?, ?, ?)",
+                [(s.number, step, scalars.tobytes(), block.tobytes()) for s, step, scalars, block in samples],
+            )
+            connection.executemany(
+                "INSERT OR REPLACE INTO loss VALUES (?, ?, ?)",
+                # SQLite stores nan as NULL, which is what it means here
+                [(s.number, step, value) for s, step, value in losses],
+            )
+            connection.executemany(
+                "INSERT INTO event VALUES (?, ?, ?, ?)",
+                [(s.number, e.step, e.kind, json.dumps(finite(e.details))) for s, e in events],
+            )
+
+    def _describe(self) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        with connection:
+            connection.executemany(
+                "INSERT OR REPLACE INTO run VALUES (?, ?)",
+                [(key, json.dumps(finite(value))) for key, value in self.run.items()],
+            )
+            connection.executemany(
+                "INSERT OR REPLACE INTO trace VALUES (?, ?)",
+                [(stream.number, json.dumps(_describe_stream(stream))) for stream in self.streams],
+            )
+
+    def _bound(self, stream: Stream) -> None:
+        """Drop every second sample or loss when there are too many."""
+        limit = max(16, min(MAX_SAMPLES, MAX_CELLS // max(len(stream.layers), 1)))
+        if len(stream.samples) > limit:
+            gone = sorted(stream.samples)[1::2]
+            stream.samples = {step: stream.samples[step] for step in sorted(stream.samples)[::2]}
+            stream.sample_stride *= 2
+            self._try(self._delete, "sample", stream, gone)
+        if len(stream.losses) > MAX_LOSSES:
+            stream.loss_stride *= 2
+            gone = [step for step in stream.losses if step % stream.loss_stride]
+            stream.losses = {k: v for k, v in stream.losses.items() if k % stream.loss_stride == 0}
+            self._try(self._delete, "loss", stream, gone)
+
+    def _delete(self, table: str, stream: Stream, steps: Sequence[int]) -> None:
+        if self._connection is not None:
+            with self._connection:
+                self._connection.executemany(
+                    f"DELETE FROM {table} WHERE trace = ? AND step = ?",
+                    [(stream.number, step) for step in steps],
+                )
+
+    def _try(self, action: Any, *arguments: Any) -> None:
+        """Do it; when the disk fails, say so once and go on in memory."""
+        try:
+            action(*arguments)
+        except (sqlite3.Error, OSError) as error:
+            if not self.failure:
+                self.failure = f"{type(error).__name__}: {error}"
+                log.warning(
+                    "recording to %s stopped (%s); watching goes on in memory", self.folder, self.failure
+                )
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                try:
+                    connection.close()
+                except sqlite3.Error:
+                    log.debug("closing the broken record failed", exc_info=True)
+
+
+def _describe_stream(stream: Stream) -> dict[str, Any]:
+    return {
+        "name": stream.name,
+        "total_steps": stream.total_steps,
+        "facts": finite(stream.facts),
+        "layers": [asdict(layer) for layer in stream.layers],
+        "loss_paths": [[finite(asdict(op)) for op in path] for path in stream.loss_paths],
+        "measures": MEASURES,
+        "scalars": SCALARS,
+    }
+
+
+def read_recording(path: Path) -> Recording:
+    """Read a run from its folder or file, also while it is being written.
+
+    Raises:
+        RecordError: if it is missing, no record, or damaged.
+    """
+    file = path / FILE_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise RecordError(
+            f"report: {str(path)!r}: found no {FILE_NAME}, expected the folder of a run. "
+            "List the runs with `ls runs/`, or record one with `unvanish run train.py`."
+        )
+    try:
+        connection = sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=5.0)
+    except sqlite3.Error as error:
+        raise RecordError(f"report: {str(file)!r}: found {error}, expected a readable record.") from error
+    try:
+        return _read(connection)
+    except (sqlite3.Error, ValueError, KeyError, TypeError, IndexError) as error:
+        raise RecordError(
+            f"report: {str(file)!r}: found a damaged file or another format ({error}), "
+            "expected the record of a run. Nothing was changed."
+        ) from error
+    finally:
+        connection.close()
+
+
+def _read(connection: sqlite3.Connection) -> Recording:
+    if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
+        raise ValueError("no mark of unvanish in the file")
+    run = {key: json.loads(value) for key, value in connection.execute("SELECT key, value FROM run")}
+    streams = []
+    for number, text in connection.execute("SELECT id, value FROM trace ORDER BY id"):
+        described = json.loads(text)
+        if tuple(described["measures"]) != MEASURES or tuple(described["scalars"]) != SCALARS:
+            raise ValueError("written by another version of unvanish")
+        stream = Stream(number, described["name"])
+        stream.total_steps, stream.facts = described["total_steps"], described["facts"]
+        stream.layers = tuple(Layer(**layer) for layer in described["layers"])
+        stream.loss_paths = tuple(tuple(_op(op) for op in path) for path in described["loss_paths"])
+        _read_rows(connection, stream)
+        streams.append(stream)
+    return Recording(run, tuple(stream.to_trace() for stream in streams))
+
+
+def _op(value: Mapping[str, Any]) -> Op:
+    return Op(value["name"], tuple(value["shape"]), value["layer"], value["details"])
+
+
+def _read_rows(connection: sqlite3.Connection, stream: Stream) -> None:
+    rows = connection.execute(
+        "SELECT step, scalars, measures FROM sample WHERE trace = ? LIMIT ?", (stream.number, 4 * MAX_SAMPLES)
+    )
+    for step, scalars, measures in rows:
+        stream.samples[step] = (
+            np.frombuffer(scalars, dtype=np.float64),
+            np.frombuffer(measures, dtype=np.float32).reshape(-1, len(MEASURES)),
+        )
+    rows = connection.execute(
+        "SELECT step, value FROM loss WHERE trace = ? LIMIT ?", (stream.number, 4 * MAX_LOSSES)
+    )
+    stream.losses = {step: float("nan") if value is None else value for step, value in rows}
+    rows = connection.execute(
+        "SELECT step, kind, details FROM event WHERE trace = ? LIMIT ?", (stream.number, 2 * MAX_EVENTS)
+    )
+    stream.events = [Event(step, kind, json.loads(details)) for step, kind, details in rows]

@@ -1,0 +1,536 @@
+"""Attach to a training, sample on a schedule, leave no trace.
+
+The clock is the optimiser's step; the loss is the scalar that `backward` is called on. Between sampled
+steps the watch only counts steps and keeps the loss.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from .assemble import layer_measures, step_scalars
+from .capture import SPECIAL, Capture
+from .errors import OptionError
+from .records import Event, Recording
+from .roster import Roster, parameter_ids
+from .trace import Recorder, Stream
+
+DENSE_STEPS = 10  # the first steps of each optimiser are all sampled
+FLUSH_LOSSES = 256
+DORMANT = 50  # steps of others after which an optimiser no longer asks for samples
+log = logging.getLogger("unvanish")
+
+
+@dataclass
+class Player:
+    """One optimiser under watch."""
+
+    optimizer: torch.optim.Optimizer
+    stream: Stream
+    owned: frozenset[int]
+    steps: int = 0
+    last_seen: int = 0  # count of steps of all optimisers
+    uncleared: int = 0  # steps whose gradient still held that of the step before
+    is_cleared: bool = True
+    skipped: int = 0
+    takeovers: int = 0  # how often another optimiser stepped between two steps of this one
+    root: int = -1
+    marked: Tensor | None = None  # the parameter whose gradient shows whether it was cleared
+    mark: tuple[Tensor, int] | None = None  # its gradient after the step, and that gradient's version
+    loss_kind: str = ""
+
+    def is_due(self, every: int) -> bool:
+        """Say whether the next step is to be sampled."""
+        stride = self.stream.sample_stride
+        return self.steps % (every * stride) == 0 or (self.steps < DENSE_STEPS and stride == 1)
+
+
+@dataclass
+class Pending:
+    """Losses whose step has not come yet, and those that wait for a flush."""
+
+    values: list[float | Tensor] = field(default_factory=list)
+    before_step: int = 0  # how many were there when the running step began
+    last: list[float | Tensor] = field(default_factory=list)
+    stepped: list[tuple[Stream, int, list[float | Tensor]]] = field(default_factory=list)
+
+
+class Watch:
+    """Watches models and optimisers while it is attached.
+
+    Args:
+        models: Watch these and what runs inside; empty: every model that trains.
+        optimizers: Watch these; empty: every optimiser that holds a watched parameter.
+        every: Sample each so many steps; the first `DENSE_STEPS` are all sampled. >= 1
+        folder: Where the record goes; None keeps it in memory.
+        clock: Measures the time spent inside the watch.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module] = (),
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+        *,
+        every: int = 10,
+        folder: Path | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise OptionError(f"watch(): every: found {every!r}, expected a whole number >= 1. Try every=10.")
+        self.every = every
+        self.inside = 0.0  # seconds spent in here, by ``clock``
+        self.failure = ""
+        self.recorder = Recorder(folder)
+        self.roster = Roster(models)
+        self._optimizers = tuple(getattr(o, "optimizer", o) for o in optimizers)
+        self._clock = clock
+        self._capture = Capture(self.roster, self._guard)
+        self._players: dict[int, Player] = {}
+        self._last_player: Player | None = None
+        self._all_steps = 0
+        self._pending = Pending()
+        self._events: list[tuple[int, Event]] = []
+        self._nonfinite_seen = False
+        self._backward_calls = 0
+        self._active = False
+        self._handles: list[Any] = []
+        self._undo: list[Callable[[], None]] = []
+        self._scaler: Any = None
+        self._start = time.perf_counter()
+        self._described = (-1.0, 0)
+
+    # Attaching -------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Install the hooks; nothing of the user's is changed."""
+        self._active = True
+        self._start = time.perf_counter()
+        self.recorder.run.setdefault("torch", torch.__version__)
+        self.recorder.run.setdefault("started", time.time())
+        self.recorder.run["seed"] = torch.initial_seed()
+        self._handles = [
+            register_optimizer_step_pre_hook(self._guard(self._before_step)),
+            register_optimizer_step_post_hook(self._guard(self._after_step)),
+        ]
+        self._replace(torch.autograd, "backward", self._watched_backward)
+        self._replace(torch.amp.GradScaler, "scale", self._watched_scale)
+        self._replace(torch.amp.GradScaler, "step", self._watched_scaler_step)
+        for model in self.roster.models:
+            self._guard(self._meet)(model)
+        self._capture.arm()
+
+    def _meet(self, model: nn.Module) -> None:
+        if any(map(_is_compiled, model.modules())):
+            self._capture.compiled = True
+        self._capture.meet(model)
+
+    def _replace(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+        """Wrap a function of torch until `detach`."""
+        original = getattr(owner, name)
+        ours = make(original)
+        setattr(owner, name, ours)
+
+        def undo() -> None:
+            if getattr(owner, name) is ours:  # else someone wrapped it later; ours only passes on by then
+                setattr(owner, name, original)
+
+        self._undo.append(undo)
+
+    def detach(self) -> None:
+        """Remove every hook. What was recorded stays."""
+        self._active = False
+        self._capture.disarm()
+        for handle in self._handles:
+            handle.remove()
+        for undo in reversed(self._undo):
+            undo()
+        self._handles, self._undo = [], []
+
+    def close(self) -> None:
+        """Detach and finish the record."""
+        if self._active:
+            self.detach()
+            self._timed(self._finish)
+        elif self._handles or self._undo:
+            self.detach()
+
+    def _finish(self) -> None:
+        self._flush()
+        self._describe()
+        self.recorder.close()
+
+    def recording(self) -> Recording:
+        """Return what was recorded so far."""
+        if self._active:
+            self._timed(self._flush)
+            self._timed(self._describe)
+        return self.recorder.recording()
+
+    # Callbacks -------------------------------------------------------------------------------------
+
+    def _guard(self, callback: Callable[..., Any]) -> Callable[..., Any]:
+        """Time a callback, and switch watching off if it fails: training goes on."""
+        clock = self._clock
+
+        @functools.wraps(callback)
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            if not self._active:
+                return
+            begin = clock()
+            try:
+                callback(*args, **kwargs)
+            except Exception as error:
+                self._fail(error)
+            self.inside += clock() - begin
+
+        return guarded
+
+    def _timed(self, action: Callable[[], None]) -> None:
+        begin = self._clock()
+        try:
+            action()
+        except Exception as error:
+            self._fail(error)
+        self.inside += self._clock() - begin
+
+    def _fail(self, error: Exception) -> None:
+        """Switch watching off and say so, once."""
+        self.failure = f"{type(error).__name__}: {error}"
+        log.warning(
+            "watching stopped, training goes on: %s", self.failure, exc_info=log.isEnabledFor(logging.DEBUG)
+        )
+        self.recorder.run["failure"] = self.failure
+        self.detach()
+        try:
+            self._finish()
+        except Exception:
+            log.debug("finishing the record failed too", exc_info=True)
+
+    def _watched_backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        before, after = self._guard(self._before_backward), self._guard(self._after_backward)
+
+        @functools.wraps(original)
+        def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._active or torch._C._current_graph_task_id() != -1:
+                return original(tensors, *args, **kwargs)
+            before(tensors)
+            result = original(tensors, *args, **kwargs)
+            after()
+            return result
+
+        return backward
+
+    def _watched_scale(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def scale(scaler: Any, outputs: Any) -> Any:
+            scaled = original(scaler, outputs)
+            self._scaler = scaler if self._active and scaler.is_enabled() else None
+            return scaled
+
+        return scale
+
+    def _watched_scaler_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        note = self._guard(self._note_skipped)
+
+        @functools.wraps(original)
+        def step(scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            before = self._all_steps
+            result = original(scaler, optimizer, *args, **kwargs)
+            if self._all_steps == before and scaler.is_enabled():
+                note(optimizer)
+            return result
+
+        return step
+
+    def _before_backward(self, tensors: Any) -> None:
+        self._backward_calls += 1
+        for player in self._players.values():
+            _look_whether_cleared(player)
+        loss = tensors if isinstance(tensors, Tensor) else next(iter(tensors), None)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+            return
+        value = self._loss_value(loss)
+        self._pending.values.append(value)
+        if isinstance(value, float) and not math.isfinite(value) and not self._nonfinite_seen:
+            self._nonfinite_seen = True
+            self._note_event("non-finite-loss", {"loss": value, **self._capture.locate_nonfinite(loss)})
+        if self._capture.is_armed or self._capture.compiled:
+            self._capture.read_graph(loss)
+
+    def _loss_value(self, loss: Tensor) -> float | Tensor:
+        """Return the loss as a number where that is free, else as a copy on its device."""
+        value = loss.detach()
+        scale = getattr(self._scaler, "_scale", None)
+        if scale is not None:
+            value = value / scale.to(value.device)
+        return value.item() if value.device.type == "cpu" else value.reshape(()).float().clone()
+
+    def _after_backward(self) -> None:
+        capture = self._capture
+        if capture.is_armed or (capture.compiled and self._any_due()):
+            capture.read_gradients()
+            scale = getattr(self._scaler, "_scale", None)
+            if capture.stage is not None and scale is not None:
+                capture.stage.slot.scale = scale.clone()
+        for player in self._players.values():
+            if player.mark is not None:
+                player.mark = (player.mark[0], player.mark[0]._version)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._pending.before_step = len(self._pending.values)
+        player = self._player(optimizer)
+        if player is None:
+            return
+        if not player.is_cleared and player.steps and self._pending.values:
+            player.uncleared += 1
+        if self._is_sampling(player) and self._capture.stage is not None:
+            self._capture.stage.take_weights(self._rows_of(player), after=False)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        player = self._players.get(id(optimizer))
+        if player is None:
+            return
+        self._note_loss(player)
+        if self._is_sampling(player):
+            self._close_sample(player)
+        if self._last_player is not None and self._last_player is not player:
+            player.takeovers += 1
+        self._last_player = player
+        player.steps += 1
+        player.stream.total_steps = player.steps
+        self._all_steps += 1
+        player.last_seen = self._all_steps
+        _mark(player)
+        if self._any_due():
+            self._capture.arm()
+        else:
+            self._capture.disarm()
+        if len(self._pending.stepped) >= FLUSH_LOSSES:
+            self._flush()
+
+    def _note_skipped(self, optimizer: Any) -> None:
+        """Count a step that mixed precision left out because a gradient was not finite."""
+        player = self._player(optimizer)
+        if player is not None:
+            player.skipped += 1
+            self._pending.values.clear()
+
+    # Who steps -------------------------------------------------------------------------------------
+
+    def _player(self, optimizer: torch.optim.Optimizer) -> Player | None:
+        """Return the player of an optimiser, meeting it if it holds a watched parameter."""
+        player = self._players.get(id(optimizer))
+        if player is not None:
+            return player
+        if self._optimizers and all(optimizer is not known for known in self._optimizers):
+            return None
+        owned = parameter_ids([optimizer])
+        if self.roster.models and not any(owned & member.parameters for member in self.roster.members):
+            return None
+        number = sum(type(p.optimizer) is type(optimizer) for p in self._players.values())
+        name = type(optimizer).__name__ + (f"-{number + 1}" if number else "")
+        player = Player(optimizer, self.recorder.stream(name), owned)
+        self._players[id(optimizer)] = player
+        return player
+
+    def _any_due(self) -> bool:
+        if not self._players:
+            return True
+        return any(
+            player.is_due(self.every) and self._all_steps - player.last_seen < DORMANT
+            for player in self._players.values()
+        )
+
+    def _is_sampling(self, player: Player) -> bool:
+        capture = self._capture
+        return (
+            (capture.is_armed or capture.compiled) and capture.stage is not None and player.is_due(self.every)
+        )
+
+    def _rows_of(self, player: Player) -> list[int]:
+        stage = self._capture.stage
+        if stage is None:
+            return []
+        return [row for key, row in stage.row_of.items() if key in player.owned]
+
+    # Samples and losses -----------------------------------------------------------------------------
+
+    def _note_loss(self, player: Player) -> None:
+        """Give the losses since the last step to this one: their sum, or the first a closure computed."""
+        pending = self._pending
+        during = pending.values[pending.before_step :]
+        values = during[:1] if during else pending.values
+        values = values or pending.last
+        pending.stepped.append((player.stream, player.steps, list(values)))
+        pending.last, pending.values = list(values), []
+
+    def _close_sample(self, player: Player) -> None:
+        stage = self._capture.stage
+        if stage is None:
+            return
+        stage.take_weights(self._rows_of(player), after=True)
+        if self._capture.plan is not None and not player.stream.loss_paths:
+            player.stream.loss_paths = self._capture.plan.loss_paths
+        player.loss_kind = self._capture.loss_kind or player.loss_kind
+        slot = stage.slot
+        slot.owner, slot.step = player, player.steps
+        slot.facts["seconds"] = time.perf_counter() - self._start
+        slot.facts["lr"] = float(player.optimizer.param_groups[0].get("lr", math.nan))
+        for member in self.roster.members:
+            if member.parameters & player.owned:
+                member.updates += 1
+                player.root = member.root
+        others = [p for p in self._players.values() if p is not player and p.is_due(self.every)]
+        counts = self._carried(slot.counts, player) if others or self._all_steps < 4 else {}
+        if stage.close_slot():
+            self._flush()
+        if counts:
+            stage.carry_over(counts)
+        else:
+            self._capture.forget()
+
+    def _carried(self, counts: dict[int, tuple[int, int]], player: Player) -> dict[int, tuple[int, int]]:
+        """Return the blocks of layers that this player does not own: another one's step may follow."""
+        stage = self._capture.stage
+        if stage is None:
+            return {}
+        keep = {
+            m.number
+            for m in self.roster.members
+            if not m.parameters & player.owned and any(p.requires_grad for p in m.module.parameters())
+        }
+        return {
+            row: counts[row]
+            for (layer, _), row in stage.block_rows.items()
+            if layer in keep and row in counts
+        }
+
+    def _flush(self) -> None:
+        """Turn what waits into rows of the record."""
+        stage, pending = self._capture.stage, self._pending
+        fetched = stage.flush() if stage is not None else []
+        losses = [(stream, step, value) for stream, step, value in _fetch_losses(pending.stepped)]
+        pending.stepped = []
+        loss_at = {(id(stream), step): value for stream, step, value in losses}
+        order = [m.number for m in sorted(self.roster.members, key=lambda m: m.position) if m.position >= 0]
+        samples = []
+        for item in fetched:
+            player, step = item.slot.owner, item.slot.step
+            assert stage is not None
+            blocks = {key: row for key, row in stage.block_rows.items() if key[0] >= 0}
+            item.slot.facts["loss"] = loss_at.get((id(player.stream), step), math.nan)
+            measures = layer_measures(item, stage.rows, blocks, order, len(self.roster.members))
+            special = {w: stage.block_rows[SPECIAL, w] for w in ("prediction", "target")}
+            for what in ("input", "output"):
+                key = (SPECIAL - 1 - max(player.root, 0), what)
+                if key in stage.block_rows:
+                    special[what] = stage.block_rows[key]
+            samples.append((player.stream, step, step_scalars(item, special), measures))
+        first = next(iter(self._players.values()), None)
+        streams = dict(enumerate(self.recorder.streams))
+        events = [(streams[n], event) for n, event in self._events if n in streams] if first else []
+        self._events = [] if first else self._events
+        if fetched:
+            for player in self._players.values():
+                if not player.stream.layers:
+                    self._describe()
+                    break
+        self.recorder.write(samples, losses, events)
+        now = time.perf_counter()
+        if now - self._described[0] > 1.0 or self._described[1] != len(self.roster.members):
+            self._describe()
+
+    def _note_event(self, kind: str, details: dict[str, Any]) -> None:
+        """Keep a first occurrence for the optimiser that stepped last."""
+        player = self._last_player or next(iter(self._players.values()), None)
+        number = 0 if player is None else player.stream.number
+        self._events.append((number, Event(0 if player is None else player.steps, kind, details)))
+
+    def _describe(self) -> None:
+        """Write the facts of the run so far."""
+        everyone = [player.optimizer for player in self._players.values()]
+        for player in self._players.values():
+            stream = player.stream
+            elsewhere = parameter_ids(o for o in everyone if o is not player.optimizer)
+            stream.layers = self.roster.layers(player.owned, elsewhere)
+            stream.facts.update(_facts(player))
+        seconds = time.perf_counter() - self._start
+        self.recorder.run.update(
+            seconds=round(seconds, 3),
+            steps=max((p.steps for p in self._players.values()), default=0),
+            watch_share=round(self.inside / max(seconds, 1e-9), 5),
+            backward_calls=self._backward_calls,
+            every=self.every,
+            layers_left_out=self.roster.left_out,
+            device=str(self._capture.stage.device) if self._capture.stage is not None else "none",
+            is_compiled=self._capture.compiled,
+        )
+        self.recorder.describe()
+        self._described = (time.perf_counter(), len(self.roster.members))
+
+
+def _facts(player: Player) -> dict[str, Any]:
+    """Return the plain settings of an optimiser and what happened around its steps."""
+    group = player.optimizer.param_groups[0]
+    settings = {
+        key: float(group[key])
+        for key in ("lr", "momentum", "weight_decay", "eps", "alpha")
+        if isinstance(group.get(key), (int, float))
+    }
+    return {
+        "optimizer": type(player.optimizer).__name__,
+        **settings,
+        "maximize": bool(group.get("maximize", False)),
+        "uncleared_steps": player.uncleared,
+        "skipped_steps": player.skipped,
+        "takeovers": player.takeovers,
+        "loss_kind": player.loss_kind,
+    }
+
+
+def _fetch_losses(
+    stepped: Sequence[tuple[Stream, int, list[float | Tensor]]],
+) -> list[tuple[Stream, int, float]]:
+    """Return the loss of each step as a number, with one transfer for all that lie on a device."""
+    tensors = [value for _, _, values in stepped for value in values if isinstance(value, Tensor)]
+    numbers = iter(torch.stack([t.to(tensors[0].device) for t in tensors]).cpu().tolist() if tensors else [])
+    result = []
+    for stream, step, values in stepped:
+        total = sum(next(numbers) if isinstance(value, Tensor) else value for value in values)
+        result.append((stream, step, float(total) if values else math.nan))
+    return result
+
+
+def _mark(player: Player) -> None:
+    """Remember a small gradient of an optimiser, to see whether it is cleared before the next step."""
+    if player.marked is None or player.marked.grad is None:
+        held = [p for group in player.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        player.marked = min(held, key=lambda p: p.numel(), default=None)
+    grad = None if player.marked is None else player.marked.grad
+    player.is_cleared = grad is None
+    player.mark = None if grad is None else (grad, grad._version)
+
+
+def _look_whether_cleared(player: Player) -> None:
+    """Note whether the gradient was emptied since the last step: gone, replaced, or written to."""
+    if player.mark is None or player.marked is None:
+        return
+    grad, version = player.mark
+    if player.marked.grad is not grad or grad._version != version:
+        player.is_cleared = True
+        player.mark = None
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
