@@ -113,10 +113,8 @@ class Recorder:
         for stream, event in events:
             stream.events.append(event)
         self._try(self._insert, samples, losses, events)
-        for touched in {
-            id(s): s for s in [item[0] for item in samples] + [item[0] for item in losses]
-        }.values():
-            self._bound(touched)
+        for stream in self.streams:
+            self._bound(stream)
 
     def describe(self) -> None:
         """Write what is known of run and traces now: layers, totals, facts."""
