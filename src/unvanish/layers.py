@@ -97,7 +97,7 @@ def looks_fresh(module: nn.Module) -> bool:
     if not weights:
         return False
     weight = max(weights, key=lambda p: p.numel())
-    if weight.numel() < 32 or weight.is_meta:
+    if weight.numel() < 256 or weight.is_meta:  # too few to tell a trained one
         return False
     flat = weight.detach().reshape(-1)[:200_000].double()
     count, std = flat.numel(), float(flat.std())
@@ -108,14 +108,14 @@ def looks_fresh(module: nn.Module) -> bool:
     kurtosis = float((centred**4).mean())
     if abs(float(flat.mean())) > 4 * std * error:
         return False
-    for expected, spread_error in ((1.8, 0.45), (3.0, 0.71)):  # uniform, normal
-        near_kurtosis = abs(kurtosis - expected) < 4 * error * (4.9 if expected == 3.0 else 1.5)
-        near_spread = any(
-            abs(std / spread - 1) < 4 * spread_error * error + 1e-3
-            for spread in _usual_spreads(module, weight)
-        )
-        if near_kurtosis and near_spread:
-            return True
+    largest = float(flat.abs().max())
+    for expected, spread_error, kurtosis_error in ((1.8, 0.45, 1.5), (3.0, 0.71, 4.9)):  # uniform, normal
+        near_kurtosis = abs(kurtosis - expected) < 4 * error * kurtosis_error
+        for spread in _usual_spreads(module, weight) if near_kurtosis else ():
+            # a uniform draw never leaves its bounds; training nearly always takes some weight out of them
+            in_bounds = expected == 3.0 or largest <= spread * math.sqrt(3) * (1 + 1e-5)
+            if in_bounds and abs(std / spread - 1) < 4 * spread_error * error + 1e-3:
+                return True
     return False
 
 

@@ -150,8 +150,8 @@ def block_statistics(blocks: Tensor, counts: Tensor, bounds: Tensor) -> Tensor:
     lowest = torch.where(varies, unit_variance, torch.inf).amin(-1)
 
     dead_at, low, high = (bounds[:, i].view(1, -1, 1, 1) for i in range(3))
-    dead = (values <= dead_at) & mask
-    saturated = ((values <= low) | (values >= high)) & mask
+    dead = (blocks <= dead_at) & mask  # nan is neither dead nor saturated
+    saturated = ((blocks <= low) | (blocks >= high)) & mask
     all_dead = (dead | ~is_example.unsqueeze(-1)).all(-2) & is_unit
     return torch.stack(
         (

@@ -160,7 +160,6 @@ class Roster:
         weight = max((p for p in parameters if p.dim() >= 2), key=lambda p: p.numel(), default=None)
         is_owned = bool(member.parameters & owned)
         is_elsewhere = bool(member.parameters & elsewhere)
-        untouched = not (is_owned or is_elsewhere) or not trainable
         return Layer(
             name=member.name,
             kind=type(member.module).__name__,
@@ -173,10 +172,8 @@ class Roster:
             is_optimised=is_owned,
             is_optimised_elsewhere=is_elsewhere,
             is_registered=member.is_registered,
-            is_fresh=untouched and not is_elsewhere and _quietly(looks_fresh, member.module),
-            is_symmetric=member.started_equal
-            and member.updates >= 3
-            and _quietly(has_equal_units, member.module),
+            is_fresh=member.updates == 0 and _quietly(looks_fresh, member.module),
+            is_symmetric=member.started_equal and member.updates >= 3 and _quietly(has_equal_units, member.module),
             is_normalisation=is_normalisation(member.module),
             norm_values=member.norm_values,
             path_depth=member.path_depth,

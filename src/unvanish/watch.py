@@ -104,6 +104,7 @@ class Watch:
         self._nonfinite_seen = False
         self._backward_calls = 0
         self._active = False
+        self._was_attached = False
         self._handles: list[Any] = []
         self._undo: list[Callable[[], None]] = []
         self._scaler: Any = None
@@ -113,8 +114,17 @@ class Watch:
     # Attaching -------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Install the hooks; nothing of the user's is changed."""
-        self._active = True
+        """Install the hooks; nothing of the user's is changed.
+
+        Raises:
+            OptionError: if the watch was attached before: its record is finished.
+        """
+        if self._was_attached:
+            raise OptionError(
+                "watch(): found a watch that was entered before; a watch can be entered once, because leaving "
+                "it finishes the record. Nothing was attached. Call watch(model, optimizer) again."
+            )
+        self._was_attached = self._active = True
         self._start = time.perf_counter()
         self.recorder.run.setdefault("torch", torch.__version__)
         self.recorder.run.setdefault("started", time.time())
@@ -128,7 +138,7 @@ class Watch:
         self._replace(torch.amp.GradScaler, "step", self._watched_scaler_step)
         for model in self.roster.models:
             self._guard(self._meet)(model)
-        self._capture.arm()
+        self._guard(self._capture.arm)()
 
     def _meet(self, model: nn.Module) -> None:
         if any(map(_is_compiled, model.modules())):
@@ -150,20 +160,19 @@ class Watch:
     def detach(self) -> None:
         """Remove every hook. What was recorded stays."""
         self._active = False
-        self._capture.disarm()
         for handle in self._handles:
             handle.remove()
         for undo in reversed(self._undo):
             undo()
         self._handles, self._undo = [], []
+        self._capture.disarm()
 
     def close(self) -> None:
         """Detach and finish the record."""
         if self._active:
-            self.detach()
-            self._timed(self._finish)
-        elif self._handles or self._undo:
-            self.detach()
+            self._timed(self.detach)
+            if not self.failure:
+                self._timed(self._finish)
 
     def _finish(self) -> None:
         self._flush()
@@ -206,16 +215,15 @@ class Watch:
 
     def _fail(self, error: Exception) -> None:
         """Switch watching off and say so, once."""
+        self._active = False
         self.failure = f"{type(error).__name__}: {error}"
-        log.warning(
-            "watching stopped, training goes on: %s", self.failure, exc_info=log.isEnabledFor(logging.DEBUG)
-        )
+        log.warning("watching stopped, training goes on: %s", self.failure, exc_info=log.isEnabledFor(logging.DEBUG))
         self.recorder.run["failure"] = self.failure
-        self.detach()
-        try:
-            self._finish()
-        except Exception:
-            log.debug("finishing the record failed too", exc_info=True)
+        for action in (self.detach, self._finish, self.recorder.close):
+            try:
+                action()
+            except Exception:
+                log.debug("%s failed too", action, exc_info=True)
 
     def _watched_backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         before, after = self._guard(self._before_backward), self._guard(self._after_backward)
@@ -354,9 +362,7 @@ class Watch:
 
     def _is_sampling(self, player: Player) -> bool:
         capture = self._capture
-        return (
-            (capture.is_armed or capture.compiled) and capture.stage is not None and player.is_due(self.every)
-        )
+        return (capture.is_armed or capture.compiled) and capture.stage is not None and player.is_due(self.every)
 
     def _rows_of(self, player: Player) -> list[int]:
         stage = self._capture.stage
@@ -389,7 +395,7 @@ class Watch:
         slot.facts["lr"] = float(player.optimizer.param_groups[0].get("lr", math.nan))
         for member in self.roster.members:
             if member.parameters & player.owned:
-                member.updates += 1
+                member.updates += any(p.requires_grad for p in member.module.parameters(recurse=False))
                 player.root = member.root
         others = [p for p in self._players.values() if p is not player and p.is_due(self.every)]
         counts = self._carried(slot.counts, player) if others or self._all_steps < 4 else {}
@@ -410,11 +416,7 @@ class Watch:
             for m in self.roster.members
             if not m.parameters & player.owned and any(p.requires_grad for p in m.module.parameters())
         }
-        return {
-            row: counts[row]
-            for (layer, _), row in stage.block_rows.items()
-            if layer in keep and row in counts
-        }
+        return {row: counts[row] for (layer, _), row in stage.block_rows.items() if layer in keep and row in counts}
 
     def _flush(self) -> None:
         """Turn what waits into rows of the record."""

@@ -1,0 +1,139 @@
+"""Has the run learned? The question that separates an illness from a harmless oddity.
+
+No ratio of gradients is a detector by itself: a gradient is also tiny when everything is learnt. Each rule
+therefore combines its own evidence with what is read here from the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..records import Trace
+
+MIN_STEPS = 20  # below it nothing can be said about progress
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What the loss did, in one place.
+
+    ``baseline`` is the loss of the best constant answer where the loss and the targets are known (entropy
+    of the labels, variance of the target), else the loss at the start. ``remaining`` is the end level as a
+    share of the baseline: 1 = nothing learnt, 0 = loss zero; nan if the loss has no known floor.
+    """
+
+    steps: int
+    start: float
+    best: float
+    end: float
+    baseline: float
+    remaining: float
+    is_finite: bool
+    is_judgeable: bool  # the loss measures success: known kind, one optimiser, enough steps
+    late_fall: float  # relative fall over the last fifth of the run
+    noise: float  # spread of the late losses around their trend, relative to their level
+    peak: float  # largest level after the start, relative to the baseline
+
+    @property
+    def has_failed(self) -> bool:
+        """Say whether nothing, or next to nothing, was learnt."""
+        return not self.is_finite or (self.is_judgeable and self.remaining > 0.9)
+
+    @property
+    def is_poor(self) -> bool:
+        """Say whether less than half of the baseline's loss was removed."""
+        return not self.is_finite or (self.is_judgeable and self.remaining > 0.5)
+
+
+def progress(trace: Trace) -> Progress:
+    """Read the course of the loss of one trace."""
+    losses = trace.losses
+    finite = losses[np.isfinite(losses)]
+    is_finite = len(finite) > 0 and len(finite) == len(losses)
+    if not len(finite):
+        nan = math.nan
+        return Progress(trace.total_steps, nan, nan, nan, nan, nan, False, False, nan, nan, nan)
+    levels = _levels(finite)
+    start = float(np.median(finite[: max(3, min(10, len(finite) // 20))]))
+    end, best = float(levels[-1]), float(levels.min())
+    baseline = _baseline(trace, start)
+    known = baseline > 0 and finite.min() >= -1e-6 * abs(start)
+    is_alone = trace.facts.get("takeovers", 0) < 0.2 * max(trace.total_steps, 1)
+    tail = finite[-max(len(finite) // 5, 4) :]
+    halves = np.array_split(tail, 2)
+    middle = [float(np.median(half)) for half in halves]
+    return Progress(
+        steps=trace.total_steps,
+        start=start,
+        best=best,
+        end=end,
+        baseline=baseline,
+        remaining=end / baseline if known else math.nan,
+        is_finite=is_finite,
+        is_judgeable=bool(known and is_alone and trace.total_steps >= MIN_STEPS),
+        late_fall=(middle[0] - middle[1]) / abs(middle[0]) if middle[0] else 0.0,
+        noise=float(
+            np.std(tail - np.linspace(middle[0], middle[1], len(tail))) / (abs(float(np.median(tail))) + 1e-30)
+        ),
+        peak=float(levels.max() / baseline) if baseline > 0 else math.nan,
+    )
+
+
+def _levels(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the median loss of up to 20 windows over the run."""
+    windows = np.array_split(losses, min(20, max(len(losses) // 5, 1)))
+    return np.array([np.median(window) for window in windows])
+
+
+def _baseline(trace: Trace, start: float) -> float:
+    """Return the loss of the best constant answer if it can be told, else the loss at the start.
+
+    Cross-entropy of K classes: ln K. Squared error: the variance of the target. Only a plain mean is
+    believed: when the loss at the start is far below the constant answer's, the loss has another scale.
+    """
+    constant = constant_answer_loss(trace)
+    if not math.isfinite(constant) or constant <= 0:
+        return start
+    return constant if start > 0.3 * constant else start
+
+
+def constant_answer_loss(trace: Trace) -> float:
+    """Return the mean loss of the best answer that ignores the input; nan if unknown."""
+    kind = trace.facts.get("loss_kind", "")
+    if kind == "nll":
+        classes = class_count(trace)
+        return math.log(classes) if classes > 1 else math.nan
+    if kind in ("bce", "bce-with-logits"):
+        return math.log(2.0)
+    std = _median(trace.scalars["target_std"])
+    if kind == "mse" and std > 0:
+        return pooled_target_std(trace) ** 2
+    return math.nan
+
+
+def class_count(trace: Trace) -> int:
+    """Return over how many classes the loss normalises; 0 if it does not."""
+    for path in trace.loss_paths:
+        for op in path:
+            if op.name in ("LogSoftmax", "Softmax") and op.shape:
+                return op.shape[int(op.details.get("dim", -1))]
+    return 0
+
+
+def pooled_target_std(trace: Trace) -> float:
+    """Return the spread of the targets over all samples, not only within one batch."""
+    mean, std = trace.scalars["target_mean"], trace.scalars["target_std"]
+    known = np.isfinite(mean) & np.isfinite(std)
+    if not known.any():
+        return math.nan
+    square = np.mean(std[known] ** 2 + mean[known] ** 2) - np.mean(mean[known]) ** 2
+    return float(math.sqrt(max(square, 0.0)))
+
+
+def _median(values: NDArray[np.float64]) -> float:
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else math.nan

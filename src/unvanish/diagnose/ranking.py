@@ -1,0 +1,74 @@
+"""Which finding comes first: root causes before what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ..records import SEVERITIES, Finding
+
+# From the wiring over the data and the start to the dynamics and, last, what merely shows.
+ORDER: tuple[str, ...] = (
+    "broadcast-loss",
+    "gradient-ascent",
+    "missing-zero-grad",
+    "output-loss-mismatch",
+    "constant-targets",
+    "frozen-parameters",
+    "batch-norm-small-batch",
+    "unscaled-inputs",
+    "unscaled-targets",
+    "poor-initialisation",
+    "weights-collapsing",
+    "learning-rate-too-high",
+    "exploding-gradient",
+    "weights-exploding",
+    "dead-units",
+    "saturated-activations",
+    "vanishing-gradient",
+    "non-finite",
+    "learning-rate-too-low",
+    "unlearnable-labels",
+    "overfitting",
+    "constant-output",
+    "oscillating-loss",
+    "slow-convergence",
+    "stagnation",
+)
+_SYMPTOMS = frozenset(("constant-output", "oscillating-loss", "slow-convergence", "stagnation", "unlearnable-labels"))
+
+
+def rank(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Return findings with the likeliest root cause first, symptoms folded under it."""
+    ordered = sorted(findings, key=_place)
+    if not ordered:
+        return ()
+    kept: list[Finding] = []
+    for finding in ordered:
+        if kept and _follows(finding, kept[0]):
+            kept[0] = replace(
+                kept[0],
+                folded=(*kept[0].folded, finding.illness),
+                evidence={**{f"{finding.illness}.{k}": v for k, v in finding.evidence.items()}, **kept[0].evidence},
+            )
+        elif all(finding.illness != other.illness for other in kept):
+            kept.append(finding)
+    return tuple(kept)
+
+
+def _place(finding: Finding) -> tuple[int, float]:
+    return SEVERITIES.index(finding.severity), _order(finding)
+
+
+def _order(finding: Finding) -> float:
+    """Return the place in the chain of causes; a forbidden argument comes before what it poisons."""
+    if finding.illness == "non-finite" and "smallest_input" in finding.evidence:
+        return ORDER.index("poor-initialisation") - 0.5
+    return ORDER.index(finding.illness) if finding.illness in ORDER else len(ORDER)
+
+
+def _follows(finding: Finding, cause: Finding) -> bool:
+    """Say whether a finding is explained by a cause that is at least as severe."""
+    if finding.illness in _SYMPTOMS and cause.illness not in _SYMPTOMS:
+        return True
+    return finding.illness in ORDER and cause.illness in ORDER
