@@ -83,12 +83,16 @@ def fan(weight: Tensor) -> tuple[int, int]:
     return weight.shape[1] * field, weight.shape[0] * field
 
 
-def looks_fresh(module: nn.Module) -> bool:
+def looks_fresh(module: nn.Module, *, least: int = 256) -> bool:
     """Say whether the largest weight still is as a usual random initialisation draws it.
 
     Tests mean, spread and kurtosis against uniform and normal draws with the spreads of the
     initialisations in use. Trained weights fail it: training makes their tails heavy and moves their
     spread. Four standard errors, so a fresh layer passes with probability above 0.999.
+
+    Args:
+        module: A layer.
+        least: With fewer weights the answer is no: too few to tell a trained layer.
 
     Source: the initialisations of `torch.nn` 2.13; LeCun 1998, Glorot 2010, He 2015 (spreads); normal
     theory for the standard errors of mean, spread and kurtosis.
@@ -97,7 +101,7 @@ def looks_fresh(module: nn.Module) -> bool:
     if not weights:
         return False
     weight = max(weights, key=lambda p: p.numel())
-    if weight.numel() < 256 or weight.is_meta:  # too few to tell a trained one
+    if weight.numel() < least or weight.is_meta:
         return False
     flat = weight.detach().reshape(-1)[:200_000].double()
     count, std = flat.numel(), float(flat.std())

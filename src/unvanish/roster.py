@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -158,6 +159,8 @@ class Roster:
         parameters = [p for _, p in own_parameters(member.module)]
         trainable = any(p.requires_grad for p in parameters)
         weight = max((p for p in parameters if p.dim() >= 2), key=lambda p: p.numel(), default=None)
+        # switching gradients off is a decision, leaving a layer out of the optimiser seldom is one
+        least = 24 if trainable else 256
         is_owned = bool(member.parameters & owned)
         is_elsewhere = bool(member.parameters & elsewhere)
         return Layer(
@@ -172,7 +175,7 @@ class Roster:
             is_optimised=is_owned,
             is_optimised_elsewhere=is_elsewhere,
             is_registered=member.is_registered,
-            is_fresh=member.updates == 0 and _quietly(looks_fresh, member.module),
+            is_fresh=member.updates == 0 and _quietly(partial(looks_fresh, least=least), member.module),
             is_symmetric=member.started_equal and member.updates >= 3 and _quietly(has_equal_units, member.module),
             is_normalisation=is_normalisation(member.module),
             norm_values=member.norm_values,

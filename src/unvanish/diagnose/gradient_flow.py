@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..records import Finding, Severity, Trace
 from .progress import Progress, progress
 from .reading import (
     at_start,
+    column,
     first_step,
     is_hidden,
     late,
@@ -50,7 +52,7 @@ def vanishing_gradient(trace: Trace) -> Iterator[Finding]:
     first = faint[0]
     rms = throughout(trace, "grad_rms")[first]
     gain = np.nanmedian(throughout(trace, "log2_gain")[layers])
-    lost = np.asarray(trace.measures["log2_flow"][:, first] < VANISHED)
+    lost = column(trace, "log2_flow", first) < VANISHED
     yield Finding(
         "vanishing-gradient",
         "critical",
@@ -142,12 +144,13 @@ def non_finite(trace: Trace) -> Iterator[Finding]:
     """A nan or inf in loss, gradient, weights or outputs."""
     event = next((event for event in trace.events if event.kind == "non-finite-loss"), None)
     bad_losses = ~np.isfinite(trace.losses)
-    bad = np.nan_to_num(trace.measures["nonfinite"], nan=0.0) > 0
+    bad: NDArray[np.bool_] = np.asarray(np.nan_to_num(trace.measures["nonfinite"], nan=0.0) > 0)
+    bad_samples: NDArray[np.bool_] = np.asarray(bad.any(axis=1))
     if event is None and not bad_losses.any() and not bad.any():
         return
     steps = [int(trace.loss_steps[bad_losses][0])] if bad_losses.any() else []
     steps += [event.step] if event is not None else []
-    rows = np.flatnonzero(bad.any(axis=1))
+    rows = np.flatnonzero(bad_samples)
     steps += [int(trace.steps[rows[0]])] if len(rows) else []
     step = min(steps)
     if int(trace.facts.get("skipped_steps", 0)) and not bad_losses.any() and event is None:
@@ -159,7 +162,7 @@ def non_finite(trace: Trace) -> Iterator[Finding]:
     smallest = details.get("smallest_input")
     where = f" Operation {operation}" if operation else ""
     where += f" got {smallest:.3g}" if isinstance(smallest, (int, float)) and smallest <= 0 else ""
-    is_lasting = bool(bad_losses.mean() > 0.01) or bool(bad.any(axis=1)[-1:].any())
+    is_lasting = bool(bad_losses.mean() > 0.01) or bool(bad_samples[-1:].any())
     yield Finding(
         "non-finite",
         "critical" if is_lasting else "warning",
@@ -169,7 +172,7 @@ def non_finite(trace: Trace) -> Iterator[Finding]:
         layer=layer,
         layers=tuple(name for name in (layer,) if name),
         step=step,
-        share_of_run=max(float(bad_losses.mean()), share_of_run(trace, bad.any(axis=1))),
+        share_of_run=max(float(bad_losses.mean()), share_of_run(trace, bad_samples)),
         evidence={
             "bad_losses": int(bad_losses.sum()),
             **({"smallest_input": float(smallest)} if isinstance(smallest, (int, float)) else {}),
@@ -198,7 +201,7 @@ def dead_units(trace: Trace) -> Iterator[Finding]:
     first = max(worst, key=lambda place: float(lowest[layers.index(place)]))
     value = float(lowest[layers.index(first)])
     at_once = float(at_start(trace, "dead_share")[first])
-    is_dead = share[:, first] >= MANY_DEAD
+    is_dead = column(trace, "dead_share", first) >= MANY_DEAD
     began = "from initialisation on" if at_once >= MANY_DEAD else f"since step {first_step(trace, is_dead)}"
     yield Finding(
         "dead-units",
@@ -230,7 +233,7 @@ def saturated_activations(trace: Trace) -> Iterator[Finding]:
     if not worst:
         return
     first = worst[0]
-    pinned = trace.measures["saturated_share"][:, first] > SATURATED
+    pinned = column(trace, "saturated_share", first) > SATURATED
     yield Finding(
         "saturated-activations",
         "critical",

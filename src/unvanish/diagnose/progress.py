@@ -131,7 +131,7 @@ def pooled_target_std(trace: Trace) -> float:
     if not known.any():
         return math.nan
     square = np.mean(std[known] ** 2 + mean[known] ** 2) - np.mean(mean[known]) ** 2
-    return float(math.sqrt(max(square, 0.0)))
+    return math.sqrt(max(float(square), 0.0))
 
 
 def _median(values: NDArray[np.float64]) -> float:

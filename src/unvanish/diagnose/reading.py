@@ -15,19 +15,25 @@ START_SAMPLES = 3
 
 
 def at_start(trace: Trace, measure: str) -> NDArray[np.float64]:
-    """Return each layer's median over the first samples: the state that initialisation left. (L,)"""
+    """Return each layer's median over the first samples: the state that initialisation left. (L,)."""
     return _median(trace.measures[measure][:START_SAMPLES])
 
 
 def late(trace: Trace, measure: str) -> NDArray[np.float64]:
-    """Return each layer's median over the second half of the samples. (L,)"""
+    """Return each layer's median over the second half of the samples. (L,)."""
     values = trace.measures[measure]
     return _median(values[len(values) // 2 :])
 
 
 def throughout(trace: Trace, measure: str) -> NDArray[np.float64]:
-    """Return each layer's median over all samples. (L,)"""
+    """Return each layer's median over all samples. (L,)."""
     return _median(trace.measures[measure])
+
+
+def column(trace: Trace, measure: str, place: int) -> NDArray[np.float64]:
+    """Return the course of one layer's measure. (T,)."""
+    values: NDArray[np.float64] = trace.measures[measure][:, place].astype(np.float64)
+    return values
 
 
 def scalar(trace: Trace, name: str, part: slice = slice(None)) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -116,7 +117,7 @@ def batch_norm_small_batch(trace: Trace) -> Iterator[Finding]:
 def broadcast_loss(trace: Trace) -> Iterator[Finding]:
     """Prediction and target of different shape: every prediction is compared with every target."""
     for path in trace.loss_paths:
-        for above, below in zip(path, path[1:], strict=False):
+        for above, below in pairwise(path):
             batch = _broadcast_batch(above, below)
             if not batch:
                 continue
