@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from .graph import GraphPlan, Node, first_nonfinite, plan_graph, prediction_and_target, saved, walk
+from .held_out import HeldOut
 from .layers import is_layer
-from .roster import Roster
+from .roster import Member, Roster
 from .staging import Stage
 
 MAX_PLANS = 32
@@ -36,6 +37,7 @@ class Capture:
         self.plan: GraphPlan | None = None
         self.loss_kind = ""
         self.compiled = False
+        self.held_out = HeldOut(guard)
         self._guard = guard
         self._handles: list[Any] = []
         self._stack: list[nn.Module] = []
@@ -61,8 +63,7 @@ class Capture:
 
     def disarm(self) -> None:
         """Stop sampling and forget what is held of the step."""
-        for handle in self._handles:
-            handle.remove()
+        _remove(self._handles)
         self._handles = []
         self.forget()
 
@@ -74,13 +75,10 @@ class Capture:
         self._deltas.clear()
 
     def _before_call(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
         if not self._stack and _is_compiled(module):
             # A hook traced into a compiled graph would cost a compilation each time it comes or goes.
             self.compiled = True
-            for handle in self._handles:
-                handle.remove()
+            _remove(self._handles)
             self._enter(module)
             return
         if not self._stack and not self.roster.knows(module):
@@ -89,7 +87,10 @@ class Capture:
 
     def _enter(self, model: nn.Module) -> None:
         """Meet a model for the first time."""
-        if isinstance(model, nn.modules.loss._Loss) or next(model.parameters(), None) is None:
+        if isinstance(model, nn.modules.loss._Loss):
+            self.held_out.meet(model)
+            return
+        if next(model.parameters(), None) is None:
             return
         if self.roster.models and not any(model is m or self.roster.knows(model) for m in self.roster.models):
             return
@@ -104,15 +105,24 @@ class Capture:
             self.stage = Stage(device)
         for member in members:
             self.stage.add_layer(member.module)
+            member.twin = self._twin(member)
             self.stage.block_row(member.number, "output")
             self.stage.block_row(member.number, "activation")
         for what in ("prediction", "target"):
             self.stage.block_row(SPECIAL, what)
         self.stage.make_room()
 
-    def _after_call(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
+    def _twin(self, member: Member) -> int:
+        """Return the layer that has all parameters of this one, if it came first; -1 if none has."""
+        stage = self.stage
+        rows = [] if stage is None else [stage.row_of.get(key, -1) for key in member.parameters]
+        if stage is None or not rows or min(rows) < 0:
+            return -1
+        first = stage.rows[rows[0]].layer
+        return first if first != member.number and all(stage.rows[r].layer == first for r in rows) else -1
+
+    def _after_call(self, module: nn.Module, args: Any, *rest: Any) -> None:
+        kwargs, output = rest if len(rest) == 2 else ({}, None)  # no kwargs from a call that raised
         while self._stack and self._stack.pop() is not module:
             pass  # a call that raised left its modules behind
         stage = self.stage
@@ -228,6 +238,13 @@ class Capture:
             else {i: self._outputs[n] for i, n in enumerate(nodes) if n in self._outputs}
         )
         return first_nonfinite(nodes, names)
+
+
+def _remove(handles: list[Any]) -> None:
+    """Remove global module hooks, and the note of their keyword arguments that torch 2.13 leaves behind."""
+    for handle in handles:
+        handle.remove()
+        nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -65,8 +65,10 @@ def unregistered_name(module: nn.Module, owners: list[tuple[str, nn.Module]]) ->
             elif isinstance(value, dict) and not attribute.startswith("_"):
                 items = value.items()
             for key, item in items:
-                if item is module:
-                    return f"{owner_name + '.' if owner_name else ''}{attribute}[{key!r}]"
+                for inner, found in item.named_modules() if isinstance(item, nn.Module) else ():
+                    if found is module:
+                        prefix = f"{owner_name}." if owner_name else ""
+                        return f"{prefix}{attribute}[{key!r}]{'.' if inner else ''}{inner}"
     return None
 
 

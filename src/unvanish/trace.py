@@ -23,7 +23,7 @@ from .records import MEASURES, SCALARS, Event, Layer, Op, Recording, Trace, fini
 MAX_SAMPLES = 2_000  # of one trace
 MAX_CELLS = 120_000  # layers x samples of one trace: 16 measures of 4 bytes each make 8 MB
 MAX_LOSSES = 20_000
-MAX_EVENTS = 200
+MAX_EVENTS = 2_000
 FILE_NAME = "run.sqlite"
 _APPLICATION_ID = 0x756E7661  # "unva"
 _SCHEMA = """

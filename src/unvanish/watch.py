@@ -7,9 +7,11 @@ steps the watch only counts steps and keeps the loss.
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from .assemble import layer_measures, step_scalars
 from .capture import SPECIAL, Capture
 from .errors import OptionError
-from .records import Event, Recording
+from .records import MEASURES, Event, Recording
 from .roster import Roster, parameter_ids
 from .trace import Recorder, Stream
 
@@ -30,6 +32,9 @@ DENSE_STEPS = 10  # the first steps of each optimiser are all sampled
 FLUSH_LOSSES = 256
 DORMANT = 50  # steps of others after which an optimiser no longer asks for samples
 log = logging.getLogger("unvanish")
+_OF_PARAMETERS = [
+    MEASURES.index(name) for name in ("grad_rms", "grad_zero_share", "weight_rms", "update_ratio", "alignment")
+]
 
 
 @dataclass
@@ -136,6 +141,7 @@ class Watch:
         self._replace(torch.autograd, "backward", self._watched_backward)
         self._replace(torch.amp.GradScaler, "scale", self._watched_scale)
         self._replace(torch.amp.GradScaler, "step", self._watched_scaler_step)
+        self._ignore_warning("Using `torch.compile.module.` when there are global hooks")  # they are ours
         for model in self.roster.models:
             self._guard(self._meet)(model)
         self._guard(self._capture.arm)()
@@ -152,8 +158,25 @@ class Watch:
         setattr(owner, name, ours)
 
         def undo() -> None:
+            ours.is_left = True
             if getattr(owner, name) is ours:  # else someone wrapped it later; ours only passes on by then
-                setattr(owner, name, original)
+                inner = original
+                while getattr(inner, "is_left", False):  # another watch, left before this one
+                    inner = inner.__wrapped__
+                setattr(owner, name, inner)
+
+        self._undo.append(undo)
+
+    def _ignore_warning(self, message: str) -> None:
+        """Ignore a warning until `detach`: one that only our being here calls forth."""
+        warnings.filterwarnings("ignore", message, UserWarning)
+        ours = warnings.filters[0]
+
+        def undo() -> None:
+            for place, entry in enumerate(warnings.filters):
+                if entry is ours:
+                    del warnings.filters[place]
+                    break
 
         self._undo.append(undo)
 
@@ -166,6 +189,7 @@ class Watch:
             undo()
         self._handles, self._undo = [], []
         self._capture.disarm()
+        self._capture.held_out.remove()
 
     def close(self) -> None:
         """Detach and finish the record."""
@@ -175,6 +199,7 @@ class Watch:
                 self._timed(self._finish)
 
     def _finish(self) -> None:
+        self._note_held_out()
         self._flush()
         self._describe()
         self.recorder.close()
@@ -194,7 +219,7 @@ class Watch:
 
         @functools.wraps(callback)
         def guarded(*args: Any, **kwargs: Any) -> None:
-            if not self._active:
+            if torch.compiler.is_compiling() or not self._active:  # first: nothing else may be traced
                 return
             begin = clock()
             try:
@@ -265,7 +290,9 @@ class Watch:
         self._backward_calls += 1
         for player in self._players.values():
             _look_whether_cleared(player)
-        loss = tensors if isinstance(tensors, Tensor) else next(iter(tensors), None)
+        if isinstance(tensors, Sequence):  # an iterator would be used up
+            tensors = tensors[0] if tensors else None
+        loss = tensors
         if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
             return
         value = self._loss_value(loss)
@@ -309,6 +336,7 @@ class Watch:
         player = self._players.get(id(optimizer))
         if player is None:
             return
+        self._note_held_out()
         self._note_loss(player)
         if self._is_sampling(player):
             self._close_sample(player)
@@ -346,6 +374,9 @@ class Watch:
         owned = parameter_ids([optimizer])
         if self.roster.models and not any(owned & member.parameters for member in self.roster.members):
             return None
+        if not any(owned & member.parameters for member in self.roster.members):
+            for model in _models_of(owned):
+                self._meet(model)
         number = sum(type(p.optimizer) is type(optimizer) for p in self._players.values())
         name = type(optimizer).__name__ + (f"-{number + 1}" if number else "")
         player = Player(optimizer, self.recorder.stream(name), owned)
@@ -433,6 +464,9 @@ class Watch:
             blocks = {key: row for key, row in stage.block_rows.items() if key[0] >= 0}
             item.slot.facts["loss"] = loss_at.get((id(player.stream), step), math.nan)
             measures = layer_measures(item, stage.rows, blocks, order, len(self.roster.members))
+            for member in self.roster.members:
+                if member.twin >= 0:
+                    measures[member.number, _OF_PARAMETERS] = measures[member.twin, _OF_PARAMETERS]
             special = {w: stage.block_rows[SPECIAL, w] for w in ("prediction", "target")}
             for what in ("input", "output"):
                 key = (SPECIAL - 1 - max(player.root, 0), what)
@@ -452,6 +486,12 @@ class Watch:
         now = time.perf_counter()
         if now - self._described[0] > 1.0 or self._described[1] != len(self.roster.members):
             self._describe()
+
+    def _note_held_out(self) -> None:
+        """Keep the loss of an evaluation that ran since the last step."""
+        value = self._capture.held_out.take()
+        if value is not None:
+            self._note_event("validation-loss", {"loss": value})
 
     def _note_event(self, kind: str, details: dict[str, Any]) -> None:
         """Keep a first occurrence for the optimiser that stepped last."""
@@ -532,6 +572,20 @@ def _look_whether_cleared(player: Player) -> None:
     if player.marked.grad is not grad or grad._version != version:
         player.is_cleared = True
         player.mark = None
+
+
+def _models_of(owned: frozenset[int]) -> list[nn.Module]:
+    """Return the models that hold these parameters; for those whose calls no hook can see (compiled ones).
+
+    Cost: one pass over the objects of the process; once for an optimiser of which no layer was seen.
+    """
+    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+    children = {id(child) for module in modules for child in module._modules.values()}
+    return [
+        module
+        for module in modules
+        if id(module) not in children and any(id(p) in owned for p in module.parameters())
+    ]
 
 
 def _is_compiled(module: nn.Module) -> bool:

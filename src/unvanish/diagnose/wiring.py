@@ -64,7 +64,9 @@ def frozen_parameters(trace: Trace) -> Iterator[Finding]:
 
 def _is_forgotten(layer: Layer) -> bool:
     untrained = not layer.is_optimised or not layer.is_trainable
-    return layer.position >= 0 and untrained and not layer.is_optimised_elsewhere and layer.is_fresh
+    is_hidden_away = layer.is_trainable and not layer.is_registered  # no parameters() call can find it
+    is_forgotten = layer.is_fresh or is_hidden_away
+    return layer.position >= 0 and untrained and not layer.is_optimised_elsewhere and is_forgotten
 
 
 def _stuck(trace: Trace) -> list[Layer]:
