@@ -7,6 +7,8 @@ when they are first used.
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 from .diagnose import DEFAULT_RULES as DEFAULT_RULES
@@ -56,8 +58,18 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _NEEDS_TORCH:
-        # "check" is a module and a function: the function must win once it is asked for
         value = getattr(importlib.import_module(f".{_NEEDS_TORCH[name]}", __name__), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Face(types.ModuleType):
+    """The package, where `watch` and `check` stay functions although modules have these names too."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _NEEDS_TORCH and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Face

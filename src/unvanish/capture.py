@@ -76,14 +76,21 @@ class Capture:
 
     def _before_call(self, module: nn.Module, args: Any) -> None:
         if not self._stack and _is_compiled(module):
-            # A hook traced into a compiled graph would cost a compilation each time it comes or goes.
-            self.compiled = True
-            _remove(self._handles)
-            self._enter(module)
+            self.before_compiled(module)
             return
         if not self._stack and not self.roster.knows(module):
             self._enter(module)
         self._stack.append(module)
+
+    def before_compiled(self, module: nn.Module) -> None:
+        """Take the hooks off before a compiled model runs; from now on only its parameters are sampled.
+
+        A hook traced into a compiled graph would cost a compilation each time it comes or goes.
+        """
+        if not self._stack and not self.compiled:
+            self.compiled = True
+            _remove(self._handles)
+            self._enter(module)
 
     def _enter(self, model: nn.Module) -> None:
         """Meet a model for the first time."""
@@ -201,9 +208,7 @@ class Capture:
         self.plan = plan
         for place, layer, activation in plan.activations:
             member = self.roster.by_name[layer]
-            row = stage.block_row(
-                member.number, "activation", (activation.dead_at, activation.low, activation.high)
-            )
+            row = stage.block_row(member.number, "activation", (activation.dead_at, activation.low, activation.high))
             value = saved(nodes[place], activation.saved)
             if value is not None and row not in stage.slot.counts:
                 stage.take_block(row, value, member.unit_dim if value.dim() > 2 else -1)
@@ -223,8 +228,8 @@ class Capture:
     def read_gradients(self) -> None:
         """Read gradients and backward norms, at the end of a backward pass."""
         if self.stage is not None:
-            self.stage.take_grads(range(len(self.stage.rows)))
-            self.stage.take_deltas(self._deltas)
+            self.stage.take_grads()
+            self.stage.slot.deltas.update(self._deltas)
 
     def locate_nonfinite(self, loss: Tensor) -> dict[str, Any]:
         """Say where a loss that is not finite came from."""
@@ -233,9 +238,7 @@ class Capture:
         nodes, signature = walk(loss.grad_fn)
         plan = self._plans.get(signature)
         names = (
-            plan.names
-            if plan is not None
-            else {i: self._outputs[n] for i, n in enumerate(nodes) if n in self._outputs}
+            plan.names if plan is not None else {i: self._outputs[n] for i, n in enumerate(nodes) if n in self._outputs}
         )
         return first_nonfinite(nodes, names)
 

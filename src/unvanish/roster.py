@@ -51,6 +51,7 @@ class Member:
     sequence: int = 0
     started_equal: bool = False
     updates: int = 0
+    twin: int = -1  # the layer that shares all its parameters and was met before; -1 = none
     parameters: frozenset[int] = field(default_factory=frozenset)  # ids
 
     @property

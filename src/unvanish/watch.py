@@ -10,8 +10,8 @@ import functools
 import gc
 import logging
 import math
+import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +110,7 @@ class Watch:
         self._backward_calls = 0
         self._active = False
         self._was_attached = False
+        self._sees_compiled = False
         self._handles: list[Any] = []
         self._undo: list[Callable[[], None]] = []
         self._scaler: Any = None
@@ -141,7 +142,8 @@ class Watch:
         self._replace(torch.autograd, "backward", self._watched_backward)
         self._replace(torch.amp.GradScaler, "scale", self._watched_scale)
         self._replace(torch.amp.GradScaler, "step", self._watched_scaler_step)
-        self._ignore_warning("Using `torch.compile.module.` when there are global hooks")  # they are ours
+        self._replace(torch, "compile", self._watched_compile)
+        self._watch_compiled()
         for model in self.roster.models:
             self._guard(self._meet)(model)
         self._guard(self._capture.arm)()
@@ -167,18 +169,31 @@ class Watch:
 
         self._undo.append(undo)
 
-    def _ignore_warning(self, message: str) -> None:
-        """Ignore a warning until `detach`: one that only our being here calls forth."""
-        warnings.filterwarnings("ignore", message, UserWarning)
-        ours = warnings.filters[0]
+    def _watch_compiled(self) -> None:
+        """Wrap the call of compiled models, once torch's compiler is loaded: it warns of global hooks."""
+        compiler = sys.modules.get("torch._dynamo.eval_frame")
+        if compiler is not None and not self._sees_compiled and self._active:
+            self._sees_compiled = True
+            self._replace(compiler.OptimizedModule, "__call__", self._watched_compiled_call)
 
-        def undo() -> None:
-            for place, entry in enumerate(warnings.filters):
-                if entry is ours:
-                    del warnings.filters[place]
-                    break
+    def _watched_compile(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def compile(*args: Any, **kwargs: Any) -> Any:
+            compiled = original(*args, **kwargs)
+            self._watch_compiled()
+            return compiled
 
-        self._undo.append(undo)
+        return compile
+
+    def _watched_compiled_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        before = self._guard(self._capture.before_compiled)
+
+        @functools.wraps(original)
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            before(module)
+            return original(module, *args, **kwargs)
+
+        return call
 
     def detach(self) -> None:
         """Remove every hook. What was recorded stays."""
@@ -452,27 +467,28 @@ class Watch:
     def _flush(self) -> None:
         """Turn what waits into rows of the record."""
         stage, pending = self._capture.stage, self._pending
-        fetched = stage.flush() if stage is not None else []
+        fetched = stage.flush() if stage is not None else None
         losses = [(stream, step, value) for stream, step, value in _fetch_losses(pending.stepped)]
         pending.stepped = []
         loss_at = {(id(stream), step): value for stream, step, value in losses}
         order = [m.number for m in sorted(self.roster.members, key=lambda m: m.position) if m.position >= 0]
         samples = []
-        for item in fetched:
-            player, step = item.slot.owner, item.slot.step
-            assert stage is not None
-            blocks = {key: row for key, row in stage.block_rows.items() if key[0] >= 0}
-            item.slot.facts["loss"] = loss_at.get((id(player.stream), step), math.nan)
-            measures = layer_measures(item, stage.rows, blocks, order, len(self.roster.members))
+        if fetched is not None and stage is not None:
+            blocks = layer_measures(fetched, stage.rows, stage.block_rows, order, len(self.roster.members))
             for member in self.roster.members:
                 if member.twin >= 0:
-                    measures[member.number, _OF_PARAMETERS] = measures[member.twin, _OF_PARAMETERS]
+                    blocks[:, member.number, _OF_PARAMETERS] = blocks[:, member.twin, _OF_PARAMETERS]
+        for number, slot in enumerate(fetched.slots if fetched is not None else ()):
+            assert stage is not None
+            player, step = slot.owner, slot.step
+            slot.facts["loss"] = loss_at.get((id(player.stream), step), math.nan)
             special = {w: stage.block_rows[SPECIAL, w] for w in ("prediction", "target")}
             for what in ("input", "output"):
                 key = (SPECIAL - 1 - max(player.root, 0), what)
                 if key in stage.block_rows:
                     special[what] = stage.block_rows[key]
-            samples.append((player.stream, step, step_scalars(item, special), measures))
+            scalars = step_scalars(fetched, number, special)
+            samples.append((player.stream, step, scalars, blocks[number]))
         first = next(iter(self._players.values()), None)
         streams = dict(enumerate(self.recorder.streams))
         events = [(streams[n], event) for n, event in self._events if n in streams] if first else []
@@ -582,9 +598,7 @@ def _models_of(owned: frozenset[int]) -> list[nn.Module]:
     modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
     children = {id(child) for module in modules for child in module._modules.values()}
     return [
-        module
-        for module in modules
-        if id(module) not in children and any(id(p) in owned for p in module.parameters())
+        module for module in modules if id(module) not in children and any(id(p) in owned for p in module.parameters())
     ]
 
 
