@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
+
 from ..records import Finding, Findings, Recording, Trace, Verdict
 from .course import constant_output, oscillating_loss, overfitting, slow_convergence, stagnation
 from .data import constant_targets, unlearnable_labels, unscaled_inputs, unscaled_targets
@@ -89,9 +91,11 @@ def diagnose(recording: Recording, *, rules: Iterable[Rule] = DEFAULT_RULES) -> 
         nothing was found.
     """
     rules = tuple(rules)
-    findings = rank(finding for trace in recording.traces for rule in rules for finding in rule(trace))
+    with np.errstate(all="ignore"):  # overflowing records are just what is looked for
+        findings = rank(finding for trace in recording.traces for rule in rules for finding in rule(trace))
+        rows = layer_rows(recording, findings)
     run = {**recording.run, "steps": recording.steps}
-    return Findings(run, findings, layer_rows(recording, findings), _verdict(recording, findings))
+    return Findings(run, findings, rows, _verdict(recording, findings))
 
 
 def _verdict(recording: Recording, findings: tuple[Finding, ...]) -> Verdict:

@@ -115,7 +115,7 @@ def unlearnable_labels(trace: Trace) -> Iterator[Finding]:
     varies = scalar(trace, "output_unit_std", late_half(trace))
     spread = pooled_target_std(trace) if trace.facts.get("loss_kind") in REGRESSION else 1.0
     flow = np.nanmin(np.append(late(trace, "log2_flow")[layers], 0.0))
-    if not update > MOVED or not varies > 0.05 * spread or flow < -13:
+    if not update > MOVED or not varies > 0.05 * spread or flow < -13 or learned.noise > 0.8:
         return
     yield Finding(
         "unlearnable-labels",

@@ -65,7 +65,7 @@ def progress(trace: Trace) -> Progress:
     is_alone = trace.facts.get("takeovers", 0) < 0.2 * max(trace.total_steps, 1)
     tail = finite[-max(len(finite) // 5, 4) :]
     halves = np.array_split(tail, 2)
-    middle = [float(np.median(half)) for half in halves]
+    middle = [float(np.median(half if len(half) else tail)) for half in halves]
     return Progress(
         steps=trace.total_steps,
         start=start,
@@ -93,12 +93,29 @@ def _baseline(trace: Trace, start: float) -> float:
     """Return the loss of the best constant answer if it can be told, else the loss at the start.
 
     Cross-entropy of K classes: ln K. Squared error: the variance of the target. Only a plain mean is
-    believed: when the loss at the start is far below the constant answer's, the loss has another scale.
+    believed: a sum, a weight or a second term gives the loss another scale.
     """
     constant = constant_answer_loss(trace)
-    if not math.isfinite(constant) or constant <= 0:
+    if not math.isfinite(constant) or constant <= 0 or not _is_plain_mean(trace):
         return start
     return constant if start > 0.3 * constant else start
+
+
+_FUSED = frozenset(("MseLoss", "NllLoss", "NllLoss2D", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits"))
+_MEAN_REDUCTION = 1  # torch's number for reduction="mean"
+
+
+def _is_plain_mean(trace: Trace) -> bool:
+    """Say whether the loss is the mean over examples of one known term."""
+    if not trace.loss_paths:
+        return False
+    first = {tuple(op.name for op in path[:2]) for path in trace.loss_paths}
+    if len(first) != 1:
+        return False
+    path = trace.loss_paths[0]
+    if path[0].name in _FUSED:
+        return path[0].details.get("reduction", _MEAN_REDUCTION) == _MEAN_REDUCTION
+    return len(path) > 1 and path[0].name == "Mean" and path[1].name in ("Pow", "Mul", "BinaryCrossEntropy")
 
 
 def constant_answer_loss(trace: Trace) -> float:
