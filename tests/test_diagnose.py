@@ -174,6 +174,22 @@ def test_vanishing_needs_the_loss_to_suffer() -> None:
     assert illnesses(make_trace(FLAT, measures=flow))[0] == "vanishing-gradient"
 
 
+def test_initialisation_is_blamed_only_for_its_scale() -> None:
+    """A vanishing gradient under usual weights is not the initialisation's fault; under tiny weights it is."""
+    flow = {"log2_flow": [-34.0, -17.0, 0.0]}
+    assert illnesses(make_trace(FLAT, measures={**flow, "weight_rms": 1 / math.sqrt(10)})) == ["vanishing-gradient"]
+    assert illnesses(make_trace(FLAT, measures={**flow, "weight_rms": 0.01})) == ["poor-initialisation"]
+
+
+def test_a_loss_of_unknown_floor_is_not_called_poor() -> None:
+    """Half of a sum of reconstruction and divergence may be all there is to learn."""
+    dead = {"dead_share": [0.7, 0.2, 0.0]}
+    two_terms = ((Op("Add"), *MSE_PATH), (Op("Add"), Op("Mul"), Op("Addmm", (32, 1), "out")))
+    falling = np.linspace(1.0, 0.6, 400)
+    assert illnesses(make_trace(falling, measures=dead, loss_paths=two_terms)) == []
+    assert illnesses(make_trace(falling, measures=dead))[0] == "dead-units"
+
+
 def test_a_zero_initialised_last_layer_is_healthy() -> None:
     """Equal rows in the last layer break symmetry by themselves."""
     assert illnesses(make_trace(chain=with_layer(layers(), 2, is_symmetric=True))) == []

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..records import Finding, Severity, Trace
+from ..records import Finding, Layer, Severity, Trace
 from .progress import Progress, progress
 from .reading import (
     at_start,
@@ -18,7 +18,6 @@ from .reading import (
     late,
     names,
     running_layers,
-    scalar,
     share_of_run,
     throughout,
     trained_layers,
@@ -30,7 +29,8 @@ SPIKE = 100.0  # largest gradient over the median one
 DEAD_LAYER = 0.95
 MANY_DEAD = 0.5
 SATURATED = 0.5
-FORWARD_SHRINK = 1e-3  # spread over examples of a hidden layer, relative to the first one's
+LARGE_SCALE = 4.0  # times 1/sqrt(fan in): three layers of it multiply the signal by 64
+SMALL_SCALE = 0.25
 HIGH_INITIAL_LOSS = 4.0  # times the loss of a constant answer
 _DEAD_KINDS = frozenset(("relu", "relu6", "gelu", "silu", "mish", "softplus", "hardswish"))
 _SATURATING = frozenset(("tanh", "sigmoid", "hardtanh", "hardsigmoid"))
@@ -251,43 +251,44 @@ def saturated_activations(trace: Trace) -> Iterator[Finding]:
 
 
 def poor_initialisation(trace: Trace) -> Iterator[Finding]:
-    """The start is far from the scale at which signals pass: outputs too large, or the same for all inputs."""
+    """Weights that start far from the scale at which signals keep their size, and a run that suffers for it."""
     learned, layers = progress(trace), trained_layers(trace)
     if len(layers) < 2 or trace.total_steps < 5:
         return
+    scale = weight_scale(trace)
+    large = [place for place in layers if scale[place] > LARGE_SCALE]
+    small = [place for place in layers if scale[place] < SMALL_SCALE and is_hidden(trace.layers[place])]
     peak = learned.start / learned.baseline if learned.baseline > 0 else 1.0
-    rms = at_start(trace, "activation_rms")[layers]
-    output = scalar(trace, "output_rms", slice(0, 3))
-    inputs = scalar(trace, "input_rms", slice(0, 3))
-    grown = float(np.nanmax(np.append(rms, 0.0))) / (inputs if inputs > 0 else 1.0)
-    if peak > HIGH_INITIAL_LOSS and grown > 10 and output > 3 and (learned.is_poor or peak > 100):
-        place = layers[int(np.nanargmax(rms))]
-        yield Finding(
-            "poor-initialisation",
-            _severity(learned),
-            f"The untrained network's activations grow {grown:.3g} times from the input, and its loss is {peak:.3g} "
-            "times that of a constant answer: the weights start too large.",
-            "He et al. 2015, section 2.2; TheDeepChecker 2022 (initial loss against ln K)",
-            layer=trace.layers[place].name,
-            layers=names(trace, layers),
-            evidence={"initial_loss_ratio": peak, "activation_growth": grown, "output_rms": output},
-            treatments=("he-init", "lsuv-init", "batch-norm"),
-        )
+    if large and (learned.is_poor or peak > HIGH_INITIAL_LOSS):
+        place = max(large, key=lambda p: float(scale[p]))
+        start = f"the first losses are {peak:.3g} times that of a constant answer" if peak > 1 else "signals overflow"
+        word = "large"
+    elif small and learned.is_poor:
+        place = min(small, key=lambda p: float(scale[p]))
+        start, word = "what tells inputs apart shrinks from layer to layer, forwards and backwards", "small"
+    else:
         return
-    spread = at_start(trace, "unit_std")[layers]
-    first = float(spread[0]) if len(spread) and spread[0] > 0 else math.nan
-    flat = [place for place, value in zip(layers, spread, strict=True) if value < FORWARD_SHRINK * first]
-    if flat and learned.is_poor:
-        place = flat[0]
-        yield Finding(
-            "poor-initialisation",
-            "critical",
-            f"{trace.layers[place].name!r} answers every example the same at the start: its outputs differ by "
-            f"{spread[layers.index(place)]:.2g} over examples, {spread[layers.index(place)] / first:.1g} of the first "
-            "layer's. What tells inputs apart is lost on the way forward.",
-            "Glorot & Bengio 2010, section 4.2 (forward variance); Schoenholz et al. 2017 (depth scales)",
-            layer=trace.layers[place].name,
-            layers=names(trace, flat),
-            evidence={"unit_std": float(spread[layers.index(place)]), "unit_std_first": first},
-            treatments=("he-init", "lsuv-init", "batch-norm"),
-        )
+    yield Finding(
+        "poor-initialisation",
+        _severity(learned),
+        f"The weights of {len(large or small)} of {len(layers)} layers start too {word}: {trace.layers[place].name!r} "
+        f"at {scale[place]:.2g} times 1/sqrt(fan in) (0.6 to 1.7 keeps the scale), so {start}.",
+        "He et al. 2015, section 2.2; Glorot & Bengio 2010, section 4.2; TheDeepChecker 2022 (variance against both)",
+        layer=trace.layers[place].name,
+        layers=names(trace, large or small),
+        evidence={"weight_scale": float(scale[place]), "initial_loss_ratio": peak, "remaining": learned.remaining},
+        treatments=("he-init", "lsuv-init", "batch-norm"),
+    )
+
+
+def weight_scale(trace: Trace) -> NDArray[np.float64]:
+    """Return each layer's first weights relative to 1/sqrt(fan in); nan where that says nothing. (L,).
+
+    Usual initialisations give 0.58 (torch's default), 1 (LeCun, Glorot, orthogonal), 1.41 (He) or 1.67 (tanh).
+    """
+    fan_in = np.array([layer.fan_in if _has_scale(layer) else 0 for layer in trace.layers], dtype=float)
+    return np.where(fan_in > 0, at_start(trace, "weight_rms") * np.sqrt(fan_in), np.nan)
+
+
+def _has_scale(layer: Layer) -> bool:
+    return not layer.is_normalisation and "Embedding" not in layer.kind

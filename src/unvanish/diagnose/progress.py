@@ -21,9 +21,10 @@ MIN_STEPS = 20  # below it nothing can be said about progress
 class Progress:
     """What the loss did, in one place.
 
-    ``baseline`` is the loss of the best constant answer where the loss and the targets are known (entropy
-    of the labels, variance of the target), else the loss at the start. ``remaining`` is the end level as a
-    share of the baseline: 1 = nothing learnt, 0 = loss zero; nan if the loss has no known floor.
+    ``baseline`` is the loss of the best constant answer where it can be told: ln K for the cross-entropy of K
+    classes, the variance of the target for squared error. That needs a plain mean of one known term; a sum, a
+    weight or a second term gives the loss another scale, and the loss at the start stands in. ``remaining`` is
+    the end level as a share of the baseline: 1 = nothing learnt, 0 = loss zero; nan if losses are negative.
     """
 
     steps: int
@@ -32,6 +33,7 @@ class Progress:
     end: float
     baseline: float
     remaining: float
+    has_floor: bool  # zero is within reach, so that half of the baseline is a poor result
     is_finite: bool
     is_judgeable: bool  # the loss measures success: known kind, one optimiser, enough steps
     late_fall: float  # relative fall over the last fifth of the run
@@ -45,8 +47,8 @@ class Progress:
 
     @property
     def is_poor(self) -> bool:
-        """Say whether less than half of the baseline's loss was removed."""
-        return not self.is_finite or (self.is_judgeable and self.remaining > 0.5)
+        """Say whether less than half of the baseline's loss was removed; of unknown losses, next to nothing."""
+        return not self.is_finite or (self.is_judgeable and self.remaining > (0.5 if self.has_floor else 0.9))
 
 
 def progress(trace: Trace) -> Progress:
@@ -56,11 +58,13 @@ def progress(trace: Trace) -> Progress:
     is_finite = len(finite) > 0 and len(finite) == len(losses)
     if not len(finite):
         nan = math.nan
-        return Progress(trace.total_steps, nan, nan, nan, nan, nan, False, False, nan, nan, nan)
+        return Progress(trace.total_steps, nan, nan, nan, nan, nan, False, False, False, nan, nan, nan)
     levels = _levels(finite)
     start = float(np.median(finite[: max(3, min(10, len(finite) // 20))]))
     end, best = float(levels[-1]), float(levels.min())
-    baseline = _baseline(trace, start)
+    constant = constant_answer_loss(trace) if _is_plain_mean(trace) else math.nan
+    has_floor = constant > 0 and not _has_soft_targets(trace)
+    baseline = constant if constant > 0 and start > 0.3 * constant else start
     known = baseline > 0 and finite.min() >= -1e-6 * abs(start)
     is_alone = trace.facts.get("takeovers", 0) < 0.2 * max(trace.total_steps, 1)
     tail = finite[-max(len(finite) // 5, 4) :]
@@ -73,6 +77,7 @@ def progress(trace: Trace) -> Progress:
         end=end,
         baseline=baseline,
         remaining=end / baseline if known else math.nan,
+        has_floor=has_floor,
         is_finite=is_finite,
         is_judgeable=bool(known and is_alone and trace.total_steps >= MIN_STEPS),
         late_fall=(middle[0] - middle[1]) / abs(middle[0]) if middle[0] else 0.0,
@@ -89,16 +94,12 @@ def _levels(losses: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.array([np.median(window) for window in windows])
 
 
-def _baseline(trace: Trace, start: float) -> float:
-    """Return the loss of the best constant answer if it can be told, else the loss at the start.
-
-    Cross-entropy of K classes: ln K. Squared error: the variance of the target. Only a plain mean is
-    believed: a sum, a weight or a second term gives the loss another scale.
-    """
-    constant = constant_answer_loss(trace)
-    if not math.isfinite(constant) or constant <= 0 or not _is_plain_mean(trace):
-        return start
-    return constant if start > 0.3 * constant else start
+def _has_soft_targets(trace: Trace) -> bool:
+    """Say whether binary targets lie between 0 and 1: their cross-entropy cannot reach zero."""
+    if not str(trace.facts.get("loss_kind", "")).startswith("bce"):
+        return False
+    mean, std = _median(trace.scalars["target_mean"]), _median(trace.scalars["target_std"])
+    return std**2 < 0.9 * mean * (1 - mean)
 
 
 _FUSED = frozenset(("MseLoss", "NllLoss", "NllLoss2D", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits"))
@@ -114,7 +115,7 @@ def _is_plain_mean(trace: Trace) -> bool:
         return False
     path = trace.loss_paths[0]
     if path[0].name in _FUSED:
-        return path[0].details.get("reduction", _MEAN_REDUCTION) == _MEAN_REDUCTION
+        return bool(path[0].details.get("reduction", _MEAN_REDUCTION) == _MEAN_REDUCTION)
     return len(path) > 1 and path[0].name == "Mean" and path[1].name in ("Pow", "Mul", "BinaryCrossEntropy")
 
 
