@@ -287,7 +287,9 @@ def weight_scale(trace: Trace) -> NDArray[np.float64]:
     Usual initialisations give 0.58 (torch's default), 1 (LeCun, Glorot, orthogonal), 1.41 (He) or 1.67 (tanh).
     """
     fan_in = np.array([layer.fan_in if _has_scale(layer) else 0 for layer in trace.layers], dtype=float)
-    return np.where(fan_in > 0, at_start(trace, "weight_rms") * np.sqrt(fan_in), np.nan)
+    weights = trace.measures["weight_rms"][:1].astype(np.float64)  # before the first update
+    first = weights[0] if len(weights) else np.full(len(fan_in), np.nan)
+    return np.where(fan_in > 0, first * np.sqrt(fan_in), np.nan)
 
 
 def _has_scale(layer: Layer) -> bool:
