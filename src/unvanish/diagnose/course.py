@@ -80,7 +80,7 @@ def slow_convergence(trace: Trace) -> Iterator[Finding]:
     learned = progress(trace)
     if not learned.is_judgeable or not learned.is_finite or learned.steps < 100:
         return
-    if not (learned.is_poor and learned.late_fall > STILL_FALLING):
+    if not (learned.is_poor and learned.is_falling and learned.late_fall > STILL_FALLING):
         return
     yield Finding(
         "slow-convergence",

@@ -293,4 +293,4 @@ def weight_scale(trace: Trace) -> NDArray[np.float64]:
 
 
 def _has_scale(layer: Layer) -> bool:
-    return not layer.is_normalisation and "Embedding" not in layer.kind
+    return any(kind in layer.kind for kind in ("Linear", "Conv", "RNN", "LSTM", "GRU"))

@@ -41,6 +41,13 @@ class Progress:
     peak: float  # largest level after the start, relative to the baseline
 
     @property
+    def is_falling(self) -> bool:
+        """Say whether the late fall stands out of the noise: two standard errors of the medians' difference."""
+        # of a fifth of the run, in two halves; the median's error is 1.25 that of the mean
+        error = 1.25 * self.noise * math.sqrt(2 / max(self.steps / 10, 1))
+        return self.late_fall > 0.02 and self.late_fall > 2 * error
+
+    @property
     def has_failed(self) -> bool:
         """Say whether nothing, or next to nothing, was learnt."""
         return not self.is_finite or (self.is_judgeable and self.remaining > 0.9)

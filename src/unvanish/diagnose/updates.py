@@ -81,7 +81,8 @@ def learning_rate_too_low(trace: Trace) -> Iterator[Finding]:
     gone = float(np.mean(lr < 1e-3 * peak_lr)) if peak_lr > 0 else 0.0
     level = median_of(ratios)
     has_flow = np.nanmin(np.append(late(trace, "log2_flow")[layers], 0.0)) > -13
-    is_slow = level < LOW_UPDATE and learned.late_fall > 0.01 and learned.remaining > 0.2
+    has_more = learned.is_poor or (learned.has_floor and learned.remaining > 0.2)
+    is_slow = level < LOW_UPDATE and learned.is_falling and has_more
     is_still = level < STILL and learned.is_poor and learned.end > 0.5 * learned.start
     is_gone = gone > 0.3 and learned.is_poor
     if not (is_gone or ((is_slow or is_still) and has_flow)):
