@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import NETS, Training, mlp, watching
+from .nets import NETS, Training, watching
 from torch import Tensor, nn
 
 import unvanish
@@ -174,10 +174,15 @@ def test_leaving_restores_everything_after_an_exception() -> None:
     assert global_state() == before
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(ZeroDivisionError), unvanish.watch(model, optimizer, folder=None):
-        model(torch.randn(2, 2)).sum().backward()
-        optimizer.step()
-        raise ZeroDivisionError
+
+    def stumble() -> None:
+        with unvanish.watch(model, optimizer, folder=None):
+            model(torch.randn(2, 2)).sum().backward()
+            optimizer.step()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        stumble()
     assert global_state() == before
     assert not model.weight._backward_hooks
 

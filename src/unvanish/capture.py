@@ -6,6 +6,8 @@ step is sampled. Gradients are read at the end of `backward`: summed over device
 
 from __future__ import annotations
 
+import functools
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from .graph import GraphPlan, Node, first_nonfinite, plan_graph, prediction_and_target, saved, walk
+from .graph import MAX_NODES, GraphPlan, first_nonfinite, key, plan_graph, prediction_and_target, saved, walk
 from .held_out import HeldOut
 from .layers import is_layer
+from .measures import delta_norm
 from .roster import Member, Roster
-from .staging import Stage
+from .staging import Slot, Stage
 
 MAX_PLANS = 32
+MAX_OUTPUT = 1 << 20  # entries of a model's output that is kept until the loss is known
 SPECIAL = -1  # the "layer" of the rows of prediction and target
 
 
@@ -38,13 +42,14 @@ class Capture:
         self.loss_kind = ""
         self.compiled = False
         self.held_out = HeldOut(guard)
-        self._guard = guard
+        self._hooks = (guard(self._before_call), guard(self._after_call))
+        self._at_output = guard(self._note_delta)
         self._handles: list[Any] = []
         self._stack: list[nn.Module] = []
-        self._outputs: dict[Node, str] = {}
-        self._root_outputs: list[Tensor] = []
+        self._outputs: dict[int, str] = {}  # by the key of the node: a node would keep its graph alive
+        self._root_outputs: deque[tuple[int, Tensor]] = deque(maxlen=8)
         self._deltas: dict[int, Tensor] = {}
-        self._plans: dict[tuple[str, ...], GraphPlan] = {}
+        self._plans: dict[tuple[frozenset[str], tuple[str, ...]], GraphPlan] = {}
 
     @property
     def is_armed(self) -> bool:
@@ -57,8 +62,8 @@ class Capture:
             return
         self._stack.clear()
         self._handles = [
-            register_module_forward_pre_hook(self._guard(self._before_call)),
-            register_module_forward_hook(self._guard(self._after_call), with_kwargs=True, always_call=True),
+            register_module_forward_pre_hook(self._hooks[0]),
+            register_module_forward_hook(self._hooks[1], with_kwargs=True, always_call=True),
         ]
 
     def disarm(self) -> None:
@@ -74,7 +79,19 @@ class Capture:
         self._root_outputs.clear()
         self._deltas.clear()
 
+    def forget_gradients(self) -> None:
+        """Forget the backward norms, which belong to the step that has just ended."""
+        self._deltas.clear()
+
+    def start_again(self) -> None:
+        """Forget the sample being taken: its step was left out."""
+        self.forget()
+        if self.stage is not None:
+            self.stage.slots[self.stage.filled] = Slot()
+
     def _before_call(self, module: nn.Module, args: Any) -> None:
+        if _is_transformed():
+            return
         if not self._stack and _is_compiled(module):
             self.before_compiled(module)
             return
@@ -93,7 +110,7 @@ class Capture:
             self._enter(module)
 
     def _enter(self, model: nn.Module) -> None:
-        """Meet a model for the first time."""
+        """Meet a model for the first time; a lazy one at its second call, when it has weights."""
         if isinstance(model, nn.modules.loss._Loss):
             self.held_out.meet(model)
             return
@@ -101,10 +118,13 @@ class Capture:
             return
         if self.roster.models and not any(model is m or self.roster.knows(model) for m in self.roster.models):
             return
-        self.meet(model)
+        with torch.inference_mode(mode=False):  # rings made in there could not be written to later
+            self.meet(model)
 
     def meet(self, model: nn.Module) -> None:
         """Name a model and make room for its layers."""
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+            return
         members = self.roster.enter(model)
         if self.stage is None:
             parameter = next((p for p in model.parameters()), None)
@@ -114,7 +134,6 @@ class Capture:
             self.stage.add_layer(member.module)
             member.twin = self._twin(member)
             self.stage.block_row(member.number, "output")
-            self.stage.block_row(member.number, "activation")
         for what in ("prediction", "target"):
             self.stage.block_row(SPECIAL, what)
         self.stage.make_room()
@@ -130,10 +149,15 @@ class Capture:
 
     def _after_call(self, module: nn.Module, args: Any, *rest: Any) -> None:
         kwargs, output = rest if len(rest) == 2 else ({}, None)  # no kwargs from a call that raised
+        if _is_transformed():
+            return
         while self._stack and self._stack.pop() is not module:
             pass  # a call that raised left its modules behind
         stage = self.stage
-        if output is None or stage is None or not torch.is_grad_enabled() or _in_backward():
+        if output is None or stage is None or _in_backward():
+            return
+        if not torch.is_grad_enabled():
+            self._note_call(module, (args, kwargs), output)
             return
         if not self.roster.knows(module):
             self._adopt(module)
@@ -141,17 +165,26 @@ class Capture:
         if tensor is None:
             return
         if tensor.grad_fn is not None:
-            self._outputs.setdefault(tensor.grad_fn, self.roster.names.get(module, ""))
+            if len(self._outputs) > MAX_NODES:  # calls without end and without a step
+                self._outputs.clear()
+            self._outputs.setdefault(key(tensor.grad_fn), self.roster.names.get(module, ""))
         member = self.roster.member(module)
         if member is not None:
-            self.roster.called(member, tensor, _first_tensor((args, kwargs)))
+            if member.position < 0:
+                self.roster.called(member, tensor, _first_tensor((args, kwargs)))
             row = stage.block_row(member.number, "output")
-            if row not in stage.slot.counts:
+            if stage.wants(row):
                 stage.take_block(row, tensor.detach(), member.unit_dim)
             if tensor.requires_grad and member.number not in self._deltas:
-                self._follow(tensor, member.number)
+                tensor.register_hook(functools.partial(self._at_output, member.number))  # type: ignore[no-untyped-call]
         if not self._stack:
             self._leave(module, (args, kwargs), output)
+
+    def _note_call(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Note the place of a layer in a training pass whose graph is built later (checkpointing)."""
+        member, tensor = self.roster.member(module), _first_tensor(output)
+        if member is not None and member.position < 0 and module.training and tensor is not None:
+            self.roster.called(member, tensor, _first_tensor(inputs))
 
     def _adopt(self, module: nn.Module) -> None:
         """Take in a layer that runs inside a model but that no model lists."""
@@ -161,19 +194,12 @@ class Capture:
         for member in self.roster.adopt(module, list(self._stack)):
             stage.add_layer(member.module)
             stage.block_row(member.number, "output")
-            stage.block_row(member.number, "activation")
             stage.make_room()
 
-    def _follow(self, tensor: Tensor, number: int) -> None:
-        """Note the norm of the gradient at a layer's output when it comes by."""
-        deltas = self._deltas
-
-        def at_output(grad: Tensor) -> None:
-            if number not in deltas:
-                dtype = torch.float32 if grad.dtype in (torch.float16, torch.bfloat16) else None
-                deltas[number] = torch.linalg.vector_norm(grad, dtype=dtype)
-
-        tensor.register_hook(self._guard(at_output))  # type: ignore[no-untyped-call]
+    def _note_delta(self, number: int, grad: Tensor) -> None:
+        """Note the norm of the gradient at a layer's output as it comes by."""
+        if number not in self._deltas:
+            self._deltas[number] = delta_norm(grad.detach())
 
     def _leave(self, model: nn.Module, inputs: Any, output: Any) -> None:
         """Note input and output of a model."""
@@ -181,14 +207,15 @@ class Capture:
         if stage is None or root < 0:
             return
         tensors = [t for t in _tensors(output) if t.is_floating_point() and t.numel() > 1]
-        self._root_outputs.extend(tensors[:4])
+        small = [t for t in tensors[:4] if t.grad_fn is not None and t.numel() <= MAX_OUTPUT]
+        self._root_outputs.extend((key(t.grad_fn), t.detach()) for t in small)
         for what, tensor in (("input", _first_tensor(inputs)), ("output", tensors[0] if tensors else None)):
             if tensor is None or not tensor.is_floating_point():
                 continue
             row = stage.block_row(SPECIAL - 1 - root, what)
             if stage.needs_room():
                 stage.make_room()
-            if row not in stage.slot.counts:
+            if stage.wants(row):
                 stage.take_block(row, tensor.detach(), 1 if tensor.dim() == 4 else -1)
                 if what == "input":
                     stage.slot.facts.setdefault("batch", float(tensor.shape[0]) if tensor.dim() else 1.0)
@@ -199,18 +226,19 @@ class Capture:
         if stage is None or loss.grad_fn is None:
             return
         nodes, signature = walk(loss.grad_fn)
-        plan = self._plans.get(signature)
+        called = frozenset(self._outputs.values())  # models of the same shape have the same signature
+        plan = self._plans.get((called, signature))
         if plan is None:
             plan = plan_graph(nodes, signature, self._outputs, frozenset(self.roster.by_name))
             if len(self._plans) < MAX_PLANS:
-                self._plans[signature] = plan
-            self._note(plan)
+                self._plans[called, signature] = plan
+            self._note(plan, stage)
         self.plan = plan
         for place, layer, activation in plan.activations:
             member = self.roster.by_name[layer]
             row = stage.block_row(member.number, "activation", (activation.dead_at, activation.low, activation.high))
             value = saved(nodes[place], activation.saved)
-            if value is not None and row not in stage.slot.counts:
+            if value is not None and stage.wants(row):
                 stage.take_block(row, value, member.unit_dim if value.dim() > 2 else -1)
         prediction, target, kind = prediction_and_target(nodes, self._root_outputs)
         self.loss_kind = kind or self.loss_kind
@@ -218,29 +246,29 @@ class Capture:
             if value is not None and value.numel() and not value.is_complex():
                 stage.take_block(stage.block_row(SPECIAL, what), value, -1)
 
-    def _note(self, plan: GraphPlan) -> None:
+    def _note(self, plan: GraphPlan, stage: Stage) -> None:
         """Keep what a new kind of graph says of the layers."""
         for name, depth in plan.depths.items():
             self.roster.by_name[name].path_depth = depth
         for _, layer, activation in plan.activations:
             self.roster.by_name[layer].activation = activation.kind
+            stage.block_row(self.roster.by_name[layer].number, "activation")
+        stage.make_room()
 
     def read_gradients(self) -> None:
         """Read gradients and backward norms, at the end of a backward pass."""
         if self.stage is not None:
-            self.stage.take_grads()
-            self.stage.slot.deltas.update(self._deltas)
+            with torch.no_grad():  # gradients carry a graph after ``create_graph=True``
+                self.stage.take_grads()
+                self.stage.take_deltas(self._deltas)
 
     def locate_nonfinite(self, loss: Tensor) -> dict[str, Any]:
         """Say where a loss that is not finite came from."""
         if loss.grad_fn is None:
             return {}
-        nodes, signature = walk(loss.grad_fn)
-        plan = self._plans.get(signature)
-        names = (
-            plan.names if plan is not None else {i: self._outputs[n] for i, n in enumerate(nodes) if n in self._outputs}
-        )
-        return first_nonfinite(nodes, names)
+        nodes, _ = walk(loss.grad_fn)
+        names = {place: self._outputs.get(key(node), "") for place, node in enumerate(nodes)}
+        return first_nonfinite(nodes, {place: name for place, name in names.items() if name})
 
 
 def _remove(handles: list[Any]) -> None:
@@ -252,6 +280,15 @@ def _remove(handles: list[Any]) -> None:
 
 def _is_compiled(module: nn.Module) -> bool:
     return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+
+
+def _is_transformed() -> bool:
+    """Say whether tensors are not what they seem: under `torch.func`, tracing, or a dispatch mode."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _in_backward() -> bool:

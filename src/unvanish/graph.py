@@ -55,7 +55,8 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "HardsigmoidBackward0": Activation("hardsigmoid", "self", low=-3.0, high=3.0),
     "HardswishBackward0": Activation("hardswish", "self", dead_at=-3.0),
     "HardtanhBackward0": Activation("hardtanh", "self", low=-math.inf, high=math.inf),
-    "ClampMinBackward0": Activation("relu", "self", dead_at=0.0),
+    "ClampMinBackward0": Activation("clamp", "self"),
+    "ClampBackward1": Activation("clamp", "self"),
 }
 
 # Nodes that only re-arrange what passes through them, or keep its sign and order.
@@ -69,9 +70,7 @@ _TRANSPARENT = frozenset(
     ).split()
 )
 _LOSS_ENDS = frozenset(("AccumulateGrad", "torch::autograd::AccumulateGrad"))
-_VIEWS_TO_SKIP = frozenset(
-    ("ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0", "AliasBackward0")
-)
+_VIEWS_TO_SKIP = frozenset(("ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0", "AliasBackward0"))
 
 
 @dataclass(slots=True)
@@ -83,6 +82,11 @@ class GraphPlan:
     names: dict[int, str]  # place in the walk -> module that made it
     loss_paths: tuple[tuple[Op, ...], ...]
     depths: dict[str, int]  # layer -> parametric layers between it and the loss
+
+
+def key(node: Node) -> int:
+    """Return a number that names a node in its thread without keeping it, and its graph, alive."""
+    return int(node._sequence_nr())
 
 
 def walk(root: Node) -> tuple[list[Node], tuple[str, ...]]:
@@ -114,14 +118,14 @@ def saved(node: Node, attribute: str) -> Tensor | None:
 
 
 def plan_graph(
-    nodes: Sequence[Node], signature: tuple[str, ...], outputs: Mapping[Node, str], layers: frozenset[str]
+    nodes: Sequence[Node], signature: tuple[str, ...], outputs: Mapping[int, str], layers: frozenset[str]
 ) -> GraphPlan:
     """Say what a walked graph holds.
 
     Args:
         nodes: From `walk`.
         signature: From `walk`.
-        outputs: The node that made the output of a module -> the module's name.
+        outputs: The `key` of the node that made the output of a module -> the module's name.
         layers: Which of these names are layers with parameters.
     """
     activations, taken = [], set()
@@ -133,7 +137,7 @@ def plan_graph(
         if layer and layer not in taken:
             taken.add(layer)
             activations.append((place, layer, _refine(node, activation)))
-    names = {place: outputs[node] for place, node in enumerate(nodes) if node in outputs}
+    names = {place: outputs[key(node)] for place, node in enumerate(nodes) if key(node) in outputs}
     return GraphPlan(
         signature,
         tuple(activations),
@@ -145,36 +149,39 @@ def plan_graph(
 
 def _refine(node: Node, activation: Activation) -> Activation:
     """Give the bounds that depend on the call: hardtanh's and clamp's limits."""
-    if activation.kind == "hardtanh":
-        low, high = float(node._saved_min_val), float(node._saved_max_val)
-        if low == 0.0:
-            return Activation("relu6", "self", dead_at=0.0, high=high)
-        return Activation("hardtanh", "self", low=low, high=high)
-    return activation
+    if activation.kind not in ("hardtanh", "clamp"):
+        return activation
+    ends = ("_saved_min_val", "_saved_max_val") if activation.kind == "hardtanh" else ("_saved_min", "_saved_max")
+    low, high = (getattr(node, end, None) for end in ends)
+    low, high = -math.inf if low is None else float(low), math.inf if high is None else float(high)
+    if low == 0.0:
+        return Activation("relu" if high == math.inf else "relu6", "self", dead_at=0.0, high=high)
+    return Activation("hardtanh", "self", low=low, high=high)
 
 
-def _layer_before(node: Node, outputs: Mapping[Node, str], layers: frozenset[str]) -> str:
+def _layer_before(node: Node, outputs: Mapping[int, str], layers: frozenset[str]) -> str:
     """Return the layer whose output reaches ``node`` through nodes that only re-arrange or add."""
     for _ in range(8):
         children = [child for child, _ in node.next_functions if child is not None]
         if not children:
             return ""
         node = children[0]
-        if outputs.get(node) in layers:
-            return outputs[node]
+        name = outputs.get(key(node), "")
+        if name in layers:
+            return name
         if node.name() in ACTIVATIONS:
             return ""
     return ""
 
 
-def _depths(nodes: Sequence[Node], outputs: Mapping[Node, str], layers: frozenset[str]) -> dict[str, int]:
+def _depths(nodes: Sequence[Node], outputs: Mapping[int, str], layers: frozenset[str]) -> dict[str, int]:
     """Return for each layer the least number of layers between it and the loss (breadth first)."""
     depth: dict[Node, int] = {nodes[0]: 0}
     found: dict[str, int] = {}
     queue = [nodes[0]]
     for node in queue:
         here = depth[node]
-        name = outputs.get(node)
+        name = outputs.get(key(node))
         if name in layers:
             found.setdefault(name, here)
             here += 1
@@ -185,9 +192,7 @@ def _depths(nodes: Sequence[Node], outputs: Mapping[Node, str], layers: frozense
     return found
 
 
-def read_loss_paths(
-    root: Node, outputs: Mapping[Node, str], layers: frozenset[str]
-) -> tuple[tuple[Op, ...], ...]:
+def read_loss_paths(root: Node, outputs: Mapping[int, str], layers: frozenset[str]) -> tuple[tuple[Op, ...], ...]:
     """Return the ways from the loss (first) down to the first layers (last), at most `MAX_PATHS`.
 
     A loss of several terms has several paths; a node is followed once.
@@ -197,7 +202,7 @@ def read_loss_paths(
     stack: list[tuple[Node, tuple[Op, ...]]] = [(root, ())]
     while stack and len(paths) < MAX_PATHS:
         node, above = stack.pop()
-        name = outputs.get(node, "")
+        name = outputs.get(key(node), "")
         path = (*above, Op(op_name(node), _shape(node), name, _details(node)))
         children = [child for child, _ in node.next_functions if child is not None]
         below = [child for child in children if child.name() not in _LOSS_ENDS]
@@ -238,7 +243,7 @@ def _details(node: Node) -> dict[str, Any]:
 
 
 def prediction_and_target(
-    nodes: Sequence[Node], outputs: Sequence[Tensor]
+    nodes: Sequence[Node], outputs: Sequence[tuple[int, Tensor]]
 ) -> tuple[Tensor | None, Tensor | None, str]:
     """Return what the loss compares, and the kind of loss: its tensors as autograd saved them.
 
@@ -247,7 +252,7 @@ def prediction_and_target(
 
     Args:
         nodes: The walked graph, nearest to the loss first.
-        outputs: What the network returned at this step.
+        outputs: What the network returned at this step, with the `key` of the node that made it.
     """
     for node in nodes[:64]:
         name = node.name()
@@ -288,15 +293,22 @@ def _difference_above(nodes: Sequence[Node], sub: Node) -> tuple[Tensor, str] | 
         if use and node.next_functions[0][0] is sub:
             if node.name() == "PowBackward0" and node._saved_exponent != 2:
                 return None
-            if node.name() == "MulBackward0" and node.next_functions[1][0] is not sub:
+            if node.name() == "MulBackward0" and not _is_same(node.next_functions[1][0], sub):
                 return None
             value = saved(node, use[0])
             return None if value is None else (value, use[1])
     return None
 
 
+def _is_same(node: Node | None, sub: Node) -> bool:
+    """Say whether a node is that difference, or the same one written a second time."""
+    if node is None or node is sub:
+        return node is sub
+    return bool(node.name() == sub.name() and node.next_functions == sub.next_functions)
+
+
 def _split_difference(
-    sub: Node, difference: tuple[Tensor, str], outputs: Sequence[Tensor]
+    sub: Node, difference: tuple[Tensor, str], outputs: Sequence[tuple[int, Tensor]]
 ) -> tuple[Tensor | None, Tensor | None, str]:
     """Return prediction and target of ``prediction - target`` or ``target - prediction``."""
     value, kind = difference
@@ -310,11 +322,11 @@ def _split_difference(
     return prediction, target, kind
 
 
-def _value_of(node: Node, outputs: Sequence[Tensor]) -> Tensor | None:
+def _value_of(node: Node, outputs: Sequence[tuple[int, Tensor]]) -> Tensor | None:
     """Return the forward value of ``node`` if it is a network output or a plain view of one."""
-    for output in outputs:
-        if output.grad_fn is node:
-            return output.detach()
+    for made_by, output in outputs:
+        if made_by == key(node):
+            return output
     if node.name() in (*_VIEWS_TO_SKIP, "SqueezeBackward0", "SqueezeBackward1", "UnsqueezeBackward0"):
         child = node.next_functions[0][0]
         value = None if child is None else _value_of(child, outputs)

@@ -26,6 +26,7 @@ from .capture import SPECIAL, Capture
 from .errors import OptionError
 from .records import MEASURES, Event, Recording
 from .roster import Roster, parameter_ids
+from .staging import Slot, Stage
 from .trace import Recorder, Stream
 
 DENSE_STEPS = 10  # the first steps of each optimiser are all sampled
@@ -48,6 +49,7 @@ class Player:
     last_seen: int = 0  # count of steps of all optimisers
     uncleared: int = 0  # steps whose gradient still held that of the step before
     is_cleared: bool = True
+    backward_calls: int = 0  # of the whole run, when this one last stepped
     skipped: int = 0
     takeovers: int = 0  # how often another optimiser stepped between two steps of this one
     root: int = -1
@@ -178,12 +180,12 @@ class Watch:
 
     def _watched_compile(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def compile(*args: Any, **kwargs: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
             compiled = original(*args, **kwargs)
             self._watch_compiled()
             return compiled
 
-        return compile
+        return wrapped
 
     def _watched_compiled_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
         before = self._guard(self._capture.before_compiled)
@@ -342,8 +344,6 @@ class Watch:
         player = self._player(optimizer)
         if player is None:
             return
-        if not player.is_cleared and player.steps and self._pending.values:
-            player.uncleared += 1
         if self._is_sampling(player) and self._capture.stage is not None:
             self._capture.stage.take_weights(self._rows_of(player), after=False)
 
@@ -352,6 +352,9 @@ class Watch:
         if player is None:
             return
         self._note_held_out()
+        if player.steps and not player.is_cleared and self._backward_calls > player.backward_calls:
+            player.uncleared += 1
+        player.backward_calls = self._backward_calls
         self._note_loss(player)
         if self._is_sampling(player):
             self._close_sample(player)
@@ -376,6 +379,7 @@ class Watch:
         if player is not None:
             player.skipped += 1
             self._pending.values.clear()
+            self._capture.start_again()
 
     # Who steps -------------------------------------------------------------------------------------
 
@@ -448,9 +452,20 @@ class Watch:
         if stage.close_slot():
             self._flush()
         if counts:
+            self._carry_gradients(slot, player, self._capture.stage)
             stage.carry_over(counts)
+            self._capture.forget_gradients()
         else:
             self._capture.forget()
+
+    def _carry_gradients(self, slot: Slot, player: Player, stage: Stage | None) -> None:
+        """Give the newly begun sample what one backward pass left for the optimisers that step next."""
+        if stage is None or stage.slot is slot:
+            return
+        own = {m.number for m in self.roster.members if m.parameters & player.owned}
+        stage.slot.scale = slot.scale
+        stage.slot.grad_norms += slot.grad_norms
+        stage.slot.deltas += [(layers, norms) for layers, norms in slot.deltas if not own.issuperset(layers)]
 
     def _carried(self, counts: dict[int, tuple[int, int]], player: Player) -> dict[int, tuple[int, int]]:
         """Return the blocks of layers that this player does not own: another one's step may follow."""
@@ -480,6 +495,7 @@ class Watch:
                     blocks[:, member.number, _OF_PARAMETERS] = blocks[:, member.twin, _OF_PARAMETERS]
         for number, slot in enumerate(fetched.slots if fetched is not None else ()):
             assert stage is not None
+            assert fetched is not None
             player, step = slot.owner, slot.step
             slot.facts["loss"] = loss_at.get((id(player.stream), step), math.nan)
             special = {w: stage.block_rows[SPECIAL, w] for w in ("prediction", "target")}
