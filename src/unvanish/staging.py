@@ -25,6 +25,7 @@ from .measures import (
     SIDE,
     block_layout,
     block_statistics,
+    norms,
     parameter_sample_layout,
     row_statistics,
 )
@@ -52,7 +53,7 @@ class ParameterRow:
         """Return a view of the entries that are sampled; remade when the storage was replaced."""
         pointer = self.parameter.data_ptr()
         if self.view is None or pointer != self.pointer:
-            view = _entries(self.parameter.detach(), self.sizes, self.strides)
+            view = _entries(_local(self.parameter.detach()), self.sizes, self.strides)
             if view.data_ptr() != pointer:  # a copy of a tensor with holes is no view to keep
                 return view
             self.view, self.pointer = view, pointer
@@ -61,7 +62,6 @@ class ParameterRow:
 
 def _entries(tensor: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
     """View the sampled entries of a dense tensor; copy first if it has holes."""
-    tensor = _local(tensor)
     if not _is_dense(tensor):
         tensor = tensor.contiguous()
     return tensor.as_strided(sizes, strides)
@@ -69,6 +69,8 @@ def _entries(tensor: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...]) -
 
 def _is_dense(tensor: Tensor) -> bool:
     """Say whether the entries fill their storage without holes, in whatever order."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1 and stride != expected:
@@ -91,25 +93,27 @@ class Slot:
     step: int = 0
     facts: dict[str, float] = field(default_factory=dict)
     counts: dict[int, tuple[int, int]] = field(default_factory=dict)  # block row -> examples, units
-    delta_rows: set[int] = field(default_factory=set)
-    has_update: set[int] = field(default_factory=set)  # parameter rows with before and after
-    has_grad: set[int] = field(default_factory=set)
+    updated: set[int] = field(default_factory=set)  # parameter rows with before and after
+    # Parameter rows with their exact gradient norms, and layers with the norms at their outputs.
+    grad_norms: list[tuple[list[int], Tensor]] = field(default_factory=list)
+    deltas: list[tuple[list[int], Tensor]] = field(default_factory=list)
     scale: Tensor | None = None  # of the loss under mixed precision
+    carried: set[int] = field(default_factory=set)  # block rows from the sample before, unless a call comes
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The numbers of one sample, on the host."""
+    """The numbers of the samples of one flush, on the host; nan where nothing was seen."""
 
-    slot: Slot
-    rows: NDArray[np.float64]  # (parameter rows, ROW_COLUMNS)
-    grad_norms: NDArray[np.float64]  # (parameter rows,)
-    blocks: NDArray[np.float64]  # (block rows, BLOCK_COLUMNS); nan where nothing was seen
-    deltas: NDArray[np.float64]  # (layers,)
+    slots: list[Slot]
+    rows: NDArray[np.float64]  # (samples, parameter rows, ROW_COLUMNS)
+    grad_norms: NDArray[np.float64]  # (samples, parameter rows)
+    blocks: NDArray[np.float64]  # (samples, block rows, BLOCK_COLUMNS)
+    deltas: NDArray[np.float64]  # (samples, layers)
 
 
 class Stage:
-    """Rings for parameters, activation blocks and backward norms; rows are added as layers are met."""
+    """Rings for the samples of parameters and activations; rows are added as layers are met."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -121,7 +125,7 @@ class Stage:
         self.slots = [Slot()]
         self.filled = 0
         self._last = 0
-        self._capacity = (0, 0, 0)
+        self._capacity = (0, 0)
 
     @property
     def slot(self) -> Slot:
@@ -142,9 +146,7 @@ class Stage:
                 or isinstance(parameter, nn.parameter.UninitializedParameter)
             ):
                 continue
-            sizes, strides, sampled = parameter_sample_layout(
-                local.numel(), local.shape[-1] if local.dim() else 1
-            )
+            sizes, strides, sampled = parameter_sample_layout(local.numel(), local.shape[-1] if local.dim() else 1)
             self.row_of[id(parameter)] = len(self.rows)
             self.rows.append(ParameterRow(parameter, number, local.numel(), sampled, sizes, strides))
         return number
@@ -160,79 +162,74 @@ class Stage:
 
     def needs_room(self) -> bool:
         """Say whether rows were added that the rings do not have."""
-        need = (len(self.rows), len(self.bounds), self.layer_count)
-        return any(n > c for n, c in zip(need, self._capacity, strict=True))
+        return len(self.rows) > self._capacity[0] or len(self.bounds) > self._capacity[1]
 
     def make_room(self) -> None:
-        """Make the rings larger, keeping the samples that wait."""
-        rows, blocks, layers = (_grown(n) for n in (len(self.rows), len(self.bounds) + 4, self.layer_count))
-        old = self._rings() if any(self._capacity) else None
-        count = max(len(self.slots), min(SLOTS, _MAX_WAITING // max(rows, blocks, 1)), 1)
+        """Make the rings larger if they are too small, keeping the samples that wait."""
+        if not self.needs_room():
+            return
+        rows, blocks = (_grown(len(held)) for held in (self.rows, self.bounds))
+        old = self._rings() if any(self._capacity) else ()
+        count = max(len(self.slots), min(SLOTS, _MAX_WAITING // max(rows, blocks)), 1)
         self.slots += [Slot() for _ in range(count - len(self.slots))]
         self.before = torch.zeros(count, rows, ROW, device=self.device)
         self.after = torch.zeros_like(self.before)
         self.grads = torch.zeros_like(self.before)
         self.blocks = torch.zeros(count, blocks, SIDE, SIDE, device=self.device)
-        self.grad_norms = torch.full((count, rows), torch.nan, device=self.device)
-        self.deltas = torch.full((count, layers), torch.nan, device=self.device)
-        self._capacity = (rows, blocks, layers)
-        for new, previous in zip(self._rings(), old or (), strict=False):
+        self._capacity = (rows, blocks)
+        for new, previous in zip(self._rings(), old, strict=False):
             new[: previous.shape[0], : previous.shape[1]] = previous
-        self._targets: dict[tuple[int, int, int], Tensor] = {}
+        self._targets: dict[tuple[int, int], list[Tensor]] = {}
+        self._block_targets: dict[tuple[int, int, tuple[int, ...]], Tensor] = {}
 
     def _rings(self) -> tuple[Tensor, ...]:
-        return (self.before, self.after, self.grads, self.blocks, self.grad_norms, self.deltas)
+        return (self.before, self.after, self.grads, self.blocks)
 
-    def _target(self, which: int, row: int) -> Tensor:
-        """Return the place of a parameter's sample in a ring, shaped as the sample."""
-        key = (which, self.filled, row)
-        target = self._targets.get(key)
-        if target is None:
-            ring = (self.before, self.after, self.grads)[which]
-            entry = self.rows[row]
-            target = ring[self.filled, row, : entry.sampled].view(entry.sizes)
-            self._targets[key] = target
-        return target
+    def _places(self, which: int, rows: Sequence[int]) -> list[Tensor]:
+        """Return where the samples of these parameters go in a ring, shaped as the samples."""
+        places = self._targets.get((which, self.filled), [])
+        if len(places) != len(self.rows):
+            ring = self._rings()[which][self.filled]
+            places = [ring[row, : e.sampled].view(e.sizes) for row, e in enumerate(self.rows)]
+            self._targets[which, self.filled] = places
+        return places if len(rows) == len(places) else [places[row] for row in rows]
 
     def take_weights(self, rows: Sequence[int], *, after: bool) -> None:
         """Copy the samples of these parameters, before or after the update."""
         if not rows:
             return
-        targets = [self._target(1 if after else 0, row) for row in rows]
-        torch._foreach_copy_(targets, [self.rows[row].sample() for row in rows])
+        torch._foreach_copy_(self._places(1 if after else 0, rows), [self.rows[row].sample() for row in rows])
         if after:
-            self.slot.has_update.update(rows)
+            self.slot.updated.update(rows)
 
-    def take_grads(self, rows: Sequence[int]) -> None:
-        """Copy samples and exact norms of the gradients these parameters hold now."""
-        held, sources, dense = [], [], []
-        for row in rows:
-            entry = self.rows[row]
+    def take_grads(self) -> None:
+        """Copy samples and exact norms of the gradients that the parameters hold now."""
+        held, dense, sampled, sources = [], [], [], []
+        for row, entry in enumerate(self.rows):
             grad = entry.parameter.grad
             if grad is None:
                 continue
-            grad = grad.detach()
             if grad.is_sparse:
-                grad = grad.coalesce().values()
-                dense.append(grad)
                 held.append(row)
+                dense.append(grad.coalesce().values())
                 continue
             grad = _local(grad)
-            if grad.numel() != entry.numel:
-                continue
-            held.append(row)
-            dense.append(grad)
-            sources.append((row, _entries(grad, entry.sizes, entry.strides)))
+            if grad.numel() == entry.numel:
+                held.append(row)
+                dense.append(grad)
+                sampled.append(row)
+                sources.append(_entries(grad, entry.sizes, entry.strides))
         if not held:
             return
-        torch._foreach_copy_([self._target(2, row) for row, _ in sources], [grad for _, grad in sources])
-        norms = [norm.to(self.device, torch.float32) for norm in torch._foreach_norm(dense)]
-        if len(held) == len(self.rows):
-            self.grad_norms[self.filled, : len(held)] = torch.stack(norms)
-        else:
-            index = torch.tensor(held, device=self.device)
-            self.grad_norms[self.filled].index_copy_(0, index, torch.stack(norms))
-        self.slot.has_grad.update(held)
+        if sampled:
+            torch._foreach_copy_(self._places(2, sampled), sources)
+        self.slot.grad_norms.append((held, torch.stack(norms(dense))))
+
+    def take_deltas(self, deltas: Mapping[int, Tensor]) -> None:
+        """Keep the norms of the gradients at the layers' outputs, by layer."""
+        if deltas:
+            values = [norm.to(self.device) for norm in deltas.values()]
+            self.slot.deltas.append((list(deltas), torch.stack(values)))
 
     def take_block(self, row: int, tensor: Tensor, unit_dim: int) -> None:
         """Copy a block of an activation: up to 32 examples by 32 units."""
@@ -244,18 +241,18 @@ class Stage:
             tuple(tensor.shape), tensor.stride(), unit_dim % tensor.dim()
         )
         source = tensor.as_strided(sizes, strides, tensor.storage_offset() + offset)
-        target = self.blocks[self.filled, row, :examples, :units].view(sizes)
+        key = (self.filled, row, sizes)
+        target = self._block_targets.get(key)
+        if target is None:
+            target = self.blocks[self.filled, row, :examples, :units].view(sizes)
+            self._block_targets[key] = target
         target.copy_(source)
         self.slot.counts[row] = (examples, units)
+        self.slot.carried.discard(row)
 
-    def take_deltas(self, deltas: Mapping[int, Tensor]) -> None:
-        """Store the norms of the gradients at the layers' outputs."""
-        if not deltas:
-            return
-        index = torch.tensor(list(deltas), device=self.device)
-        values = torch.stack([norm.to(self.device, torch.float32) for norm in deltas.values()])
-        self.deltas[self.filled].index_copy_(0, index, values)
-        self.slot.delta_rows.update(deltas)
+    def wants(self, row: int) -> bool:
+        """Say whether this sample still lacks the block of a row: the first call of a step counts."""
+        return row not in self.slot.counts or row in self.slot.carried
 
     def close_slot(self) -> bool:
         """Keep the sample; say whether the ring is full and has to be flushed."""
@@ -267,60 +264,51 @@ class Stage:
         """Give the newly begun sample the blocks of the one before, for another optimiser's step."""
         if self.filled != self._last:
             self.blocks[self.filled].copy_(self.blocks[self._last])
+            self.grads[self.filled].copy_(self.grads[self._last])
         self.slot.counts.update(counts)
+        self.slot.carried.update(counts)
 
-    def flush(self) -> list[Fetched]:
+    def flush(self) -> Fetched | None:
         """Compute the statistics of all waiting samples and fetch them with one transfer."""
         if not self.filled:
-            return []
+            return None
         n, rows, blocks = self.filled, len(self.rows), len(self.bounds)
-        row_stats = row_statistics(self.before[:n, :rows], self.after[:n, :rows], self.grads[:n, :rows])
+        slots = self.slots[:n]
         counts = np.zeros((n, blocks, 2), dtype=np.int64)
-        for number, slot in enumerate(self.slots[:n]):
+        for number, slot in enumerate(slots):
             for row, pair in slot.counts.items():
                 counts[number, row] = pair
-        block_stats = block_statistics(
-            self.blocks[:n, :blocks],
-            torch.from_numpy(counts).to(self.device),
-            torch.tensor(self.bounds, device=self.device).reshape(-1, 3),
-        )
-        scales = [1.0 if slot.scale is None else slot.scale for slot in self.slots[:n]]
-        scale = torch.stack([torch.as_tensor(s, device=self.device).float().reshape(()) for s in scales])
+        bounds = torch.tensor(self.bounds, device=self.device).reshape(-1, 3)
         parts = (
-            row_stats,
-            self.grad_norms[:n, :rows],
-            block_stats,
-            self.deltas[:n, : self.layer_count],
-            scale,
+            row_statistics(*(ring[:n, :rows] for ring in (self.before, self.after, self.grads))),
+            block_statistics(self.blocks[:n, :blocks], torch.from_numpy(counts).to(self.device), bounds),
+            self._scalars(slots),
         )
         flat = torch.cat([part.reshape(-1) for part in parts]).double().cpu().numpy()
-        sizes = np.cumsum([part.numel() for part in parts])[:-1]
-        r, g, b, d, s = np.split(flat, sizes)
-        r3, g2 = r.reshape(n, rows, len(ROW_COLUMNS)), g.reshape(n, rows)
-        b3, d2 = b.reshape(n, blocks, len(BLOCK_COLUMNS)), d.reshape(n, self.layer_count)
-        fetched = [self._fetched(i, (r3[i], g2[i], b3[i], d2[i]), float(s[i]), counts[i]) for i in range(n)]
+        of_rows, of_blocks, scalars = np.split(flat, np.cumsum([part.numel() for part in parts])[:-1])
+        fetched = Fetched(
+            slots,
+            of_rows.reshape(n, rows, len(ROW_COLUMNS)),
+            np.full((n, rows), np.nan),
+            of_blocks.reshape(n, blocks, len(BLOCK_COLUMNS)),
+            np.full((n, self.layer_count), np.nan),
+        )
+        fetched.blocks[counts[..., 0] == 0] = np.nan
+        few = counts[..., 0] == 1  # one example has no spread
+        for name in ("unit_variance", "unit_variance_max"):
+            fetched.blocks[few, BLOCK_COLUMNS.index(name)] = np.nan
+        _place_scalars(fetched, scalars)
         self.reset()
         return fetched
 
-    def _fetched(self, number: int, numbers: tuple[Any, Any, Any, Any], scale: float, counts: Any) -> Fetched:
-        """Blank what was not seen at this sample, and take out the loss scale."""
-        rows, norms, blocks, deltas = numbers
-        slot = self.slots[number]
-        blocks[counts[:, 0] == 0] = np.nan
-        few = counts[:, 0] == 1  # one example has no spread
-        blocks[np.ix_(few, [BLOCK_COLUMNS.index(c) for c in ("unit_variance", "unit_variance_max")])] = np.nan
-        no_grad = [row for row in range(len(self.rows)) if row not in slot.has_grad]
-        no_update = [row for row in range(len(self.rows)) if row not in slot.has_update]
-        names = {name: i for i, name in enumerate(ROW_COLUMNS)}
-        rows[np.ix_(no_grad, [names["grad_square"], names["grad_zeros"], names["alignment_dot"]])] = np.nan
-        rows[np.ix_(no_update, [names["update_square"], names["alignment_dot"]])] = np.nan
-        norms[no_grad] = np.nan
-        deltas[[i for i in range(len(deltas)) if i not in slot.delta_rows]] = np.nan
-        if scale not in (0.0, 1.0):
-            norms, deltas = norms / scale, deltas / scale
-            rows[:, names["grad_square"]] /= scale**2
-            rows[:, names["alignment_dot"]] /= scale
-        return Fetched(slot, rows, norms, blocks, deltas)
+    def _scalars(self, slots: Sequence[Slot]) -> Tensor:
+        """Return the norms and the loss scale of each sample, one after the other."""
+        one = torch.ones(1, device=self.device)
+        parts = []
+        for slot in slots:
+            parts += [norms for _, norms in (*slot.grad_norms, *slot.deltas)]
+            parts.append(one if slot.scale is None else slot.scale.reshape(1))
+        return torch.cat([part.to(self.device, torch.float32) for part in parts])
 
     def reset(self) -> None:
         """Forget the waiting samples."""
@@ -328,6 +316,32 @@ class Stage:
         self.filled = 0
 
 
+def _place_scalars(fetched: Fetched, scalars: NDArray[np.float64]) -> None:
+    """Put the norms in their places, blank what was not seen, and take out the loss scale."""
+    names = {name: i for i, name in enumerate(ROW_COLUMNS)}
+    has_grad, has_update = np.zeros((2, *fetched.grad_norms.shape), dtype=bool)
+    place = 0
+    for i, slot in enumerate(fetched.slots):
+        has_update[i, list(slot.updated)] = True
+        for target, parts in ((fetched.grad_norms, slot.grad_norms), (fetched.deltas, slot.deltas)):
+            for index, _ in parts:
+                target[i, index] = scalars[place : place + len(index)]
+                place += len(index)
+        for index, _ in slot.grad_norms:
+            has_grad[i, index] = True
+        scale = scalars[place]
+        place += 1
+        if scale not in (0.0, 1.0):
+            fetched.grad_norms[i] /= scale
+            fetched.deltas[i] /= scale
+            fetched.rows[i, :, names["grad_square"]] /= scale**2
+            fetched.rows[i, :, names["alignment_dot"]] /= scale
+    for name in ("grad_square", "grad_zeros", "alignment_dot"):
+        fetched.rows[~has_grad, names[name]] = np.nan
+    for name in ("update_square", "alignment_dot"):
+        fetched.rows[~has_update, names[name]] = np.nan
+
+
 def _grown(count: int) -> int:
     """Return a capacity with some room, so that new layers do not make new rings each time."""
-    return count if count > 64 else count + 4
+    return count + 4 + count // 8
