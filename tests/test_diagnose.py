@@ -141,6 +141,7 @@ def test_symptoms_are_folded_under_their_cause() -> None:
     assert len(found) == 1
     assert found[0].illness == "missing-zero-grad"
     assert {"constant-output", "stagnation"} <= set(found[0].folded)
+    assert "constant-output.output_unit_std" in found[0].evidence
 
 
 def test_rules_can_be_left_out_and_added() -> None:

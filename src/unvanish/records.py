@@ -192,7 +192,7 @@ class Finding:
             "illness": self.illness,
             "severity": self.severity,
             "layer": self.layer,
-            "layers": list(self.layers),
+            "layers": list(self.layers or filter(None, (self.layer,))),
             "step": self.step,
             "share_of_run": round(self.share_of_run, 4),
             "evidence": {name: finite(value) for name, value in self.evidence.items()},
