@@ -41,7 +41,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     torch.save(train(rank), folder / f"bare-{rank}.pt")
-    watch = Watch(every=1, folder=folder / "run")
+    watch = Watch(every=1, folder=folder / "run" if rank == 0 else None)
     if rank == 0:
         watch.attach()
     torch.save(train(rank), folder / f"watched-{rank}.pt")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -130,13 +130,27 @@ class Capture:
             parameter = next((p for p in model.parameters()), None)
             device = torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device
             self.stage = Stage(device)
+        self._seat(members, self.stage)
+
+    def _seat(self, members: Sequence[Member], stage: Stage) -> None:
+        """Give layers their rows."""
         for member in members:
-            self.stage.add_layer(member.module)
+            module = member.module
+            stage.add_layer(nn.Identity() if module is None else module)
             member.twin = self._twin(member)
-            self.stage.block_row(member.number, "output")
+            stage.block_row(member.number, "output")
         for what in ("prediction", "target"):
-            self.stage.block_row(SPECIAL, what)
-        self.stage.make_room()
+            stage.block_row(SPECIAL, what)
+        stage.make_room()
+
+    def release(self) -> None:
+        """Let go of layers that were freed: begin new rings for those that stay."""
+        if self.stage is not None:
+            self.roster.release()
+            self.stage = Stage(self.stage.device)
+            self._seat(self.roster.members, self.stage)
+            self._plans.clear()
+            self.plan = None
 
     def _twin(self, member: Member) -> int:
         """Return the layer that has all parameters of this one, if it came first; -1 if none has."""
@@ -191,10 +205,7 @@ class Capture:
         stage = self.stage
         if stage is None or not self._stack or not is_layer(module) or not self.roster.knows(self._stack[0]):
             return
-        for member in self.roster.adopt(module, list(self._stack)):
-            stage.add_layer(member.module)
-            stage.block_row(member.number, "output")
-            stage.make_room()
+        self._seat(self.roster.adopt(module, list(self._stack)), stage)
 
     def _note_delta(self, number: int, grad: Tensor) -> None:
         """Note the norm of the gradient at a layer's output as it comes by."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,11 @@ _CHANNELS_FIRST = (
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class Member:
-    """One layer under watch."""
+    """One layer under watch; the module itself is not kept alive."""
 
-    module: nn.Module
+    reference: weakref.ref[nn.Module]
     name: str
     number: int
     root: int
@@ -51,13 +52,20 @@ class Member:
     sequence: int = 0
     started_equal: bool = False
     updates: int = 0
+    unit_dim: int = -1  # the dimension of the output that runs over units
     twin: int = -1  # the layer that shares all its parameters and was met before; -1 = none
     parameters: frozenset[int] = field(default_factory=frozenset)  # ids
 
     @property
-    def unit_dim(self) -> int:
-        """The dimension of the output that runs over units."""
-        return 1 if isinstance(self.module, _CHANNELS_FIRST) else -1
+    def module(self) -> nn.Module | None:
+        """The module, as long as the training holds it."""
+        return self.reference()
+
+    @property
+    def is_trainable(self) -> bool:
+        """Say whether some parameter of the layer requires a gradient."""
+        module = self.reference()
+        return module is not None and any(p.requires_grad for _, p in own_parameters(module))
 
 
 class Roster:
@@ -71,11 +79,13 @@ class Roster:
         self.models = tuple(models)
         self.members: list[Member] = []
         self.by_name: dict[str, Member] = {}
-        self.names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-        self.roots: list[str] = []
+        self.names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+        self.has_gone = False  # a layer was freed; `release` makes room
+        self.version = 0  # changes with the members
         self.left_out = 0
-        self._by_module: WeakKeyDictionary[nn.Module, Member] = WeakKeyDictionary()
-        self._root_of: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        self._by_module: weakref.WeakKeyDictionary[nn.Module, Member] = weakref.WeakKeyDictionary()
+        self._root_of: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._roots: Counter[str] = Counter()
         self._calls = 0
 
     def member(self, module: nn.Module) -> Member | None:
@@ -92,14 +102,19 @@ class Roster:
 
     def enter(self, model: nn.Module) -> list[Member]:
         """Name a model and all it holds; return its layers that are new."""
-        number, prefix = len(self.roots), ""
+        number, prefix = self._roots.total(), ""
         label = type(model).__name__
+        known = next((module for module in model.modules() if module in self.names), None)
+        if known is not None and all(m in self.names for m in model.modules() if is_layer(m)):
+            self.names[model] = label  # a new wrapper, or a view, of what is known
+            self._root_of[model] = self._root_of[known]
+            return []
         if self.models and model in self.models:
             prefix = "" if len(self.models) == 1 else f"{label}{self.models.index(model)}."
-        elif self.roots:
-            same = sum(root.split("-")[0] == label for root in self.roots)
+        elif self._roots:
+            same = self._roots[label]
             prefix = f"{label}-{same + 1}." if same else f"{label}."
-        self.roots.append(label)
+        self._roots[label] += 1
         new = []
         for name, module in model.named_modules():
             full = clean_name(prefix + name) if name else prefix.rstrip(".")
@@ -126,13 +141,32 @@ class Roster:
             return []
         while name in self.by_name:
             name += "'"
-        member = Member(module, name, len(self.members), root, is_registered)
+        member = Member(weakref.ref(module), name, len(self.members), root, is_registered)
+        member.reference = weakref.ref(module, lambda _: self._note_gone(member))
+        member.unit_dim = 1 if isinstance(module, _CHANNELS_FIRST) else -1
         member.parameters = frozenset(id(p) for _, p in own_parameters(module))
         member.started_equal = _quietly(has_equal_units, module)
         self.members.append(member)
         self.by_name[name] = member
         self._by_module[module] = member
+        self.version += 1
         return [member]
+
+    def _note_gone(self, member: Member) -> None:
+        """Forget the parameters of a freed layer: their ids may come again."""
+        member.parameters = frozenset()
+        self.has_gone = True
+
+    def release(self) -> None:
+        """Take out the layers that were freed; those that stay get new numbers."""
+        self.has_gone = False
+        self.version += 1
+        for member in self.members:
+            member.number = -1
+        self.members = [member for member in self.members if member.module is not None]
+        for number, member in enumerate(self.members):
+            member.number = number
+        self.by_name = {member.name: member for member in self.members}
 
     def called(self, member: Member, output: Tensor, first_input: Tensor | None) -> None:
         """Note the facts that only a call shows; the first call decides."""
@@ -140,24 +174,34 @@ class Roster:
             return
         member.position = self._calls
         self._calls += 1
-        dim = member.unit_dim
+        dim, module = member.unit_dim, member.module
         member.units = output.shape[dim] if output.dim() > 1 else 1
-        if is_batch_norm(member.module) and member.module.training and first_input is not None:
+        if module is not None and is_batch_norm(module) and module.training and first_input is not None:
             member.norm_values = first_input.numel() // max(first_input.shape[1], 1)
-        if isinstance(member.module, nn.RNNBase) and first_input is not None and first_input.dim() > 1:
-            member.sequence = first_input.shape[1 if member.module.batch_first else 0]
+        if isinstance(module, nn.RNNBase) and first_input is not None and first_input.dim() > 1:
+            member.sequence = first_input.shape[1 if module.batch_first else 0]
 
-    def layers(self, owned: frozenset[int], elsewhere: frozenset[int]) -> tuple[Layer, ...]:
-        """Return the facts of all layers, as one optimiser sees them.
+    def layers(
+        self, members: Sequence[Member], known: Sequence[Layer], owned: frozenset[int], elsewhere: frozenset[int]
+    ) -> tuple[Layer, ...]:
+        """Return the facts of some layers, as one optimiser sees them.
 
         Args:
+            members: These layers.
+            known: What was returned before, in the same order: holds on for layers that were freed.
             owned: Ids of the parameters of this optimiser.
             elsewhere: Ids of the parameters of the run's other optimisers.
         """
-        return tuple(self._facts(member, owned, elsewhere) for member in self.members)
+        return tuple(
+            self._facts(member, module, owned, elsewhere)
+            if (module := member.module) is not None
+            else replace(known[place], path_depth=member.path_depth, activation=member.activation)
+            for place, member in enumerate(members)
+            if member.module is not None or place < len(known)
+        )
 
-    def _facts(self, member: Member, owned: frozenset[int], elsewhere: frozenset[int]) -> Layer:
-        parameters = [p for _, p in own_parameters(member.module)]
+    def _facts(self, member: Member, module: nn.Module, owned: frozenset[int], elsewhere: frozenset[int]) -> Layer:
+        parameters = [p for _, p in own_parameters(module)]
         trainable = any(p.requires_grad for p in parameters)
         weight = max((p for p in parameters if p.dim() >= 2), key=lambda p: p.numel(), default=None)
         # switching gradients off is a decision, leaving a layer out of the optimiser seldom is one
@@ -166,7 +210,7 @@ class Roster:
         is_elsewhere = bool(member.parameters & elsewhere)
         return Layer(
             name=member.name,
-            kind=type(member.module).__name__,
+            kind=type(module).__name__,
             parameters=sum(_numel(p) for p in parameters),
             position=member.position,
             activation=member.activation,
@@ -176,12 +220,12 @@ class Roster:
             is_optimised=is_owned,
             is_optimised_elsewhere=is_elsewhere,
             is_registered=member.is_registered,
-            is_fresh=member.updates == 0 and _quietly(partial(looks_fresh, least=least), member.module),
-            is_symmetric=member.started_equal and member.updates >= 3 and _quietly(has_equal_units, member.module),
-            is_normalisation=is_normalisation(member.module),
+            is_fresh=member.updates == 0 and _quietly(partial(looks_fresh, least=least), module),
+            is_symmetric=member.started_equal and member.updates >= 3 and _quietly(has_equal_units, module),
+            is_normalisation=is_normalisation(module),
             norm_values=member.norm_values,
             path_depth=member.path_depth,
-            recurrent_radius=_quietly(recurrent_radius, member.module) or 0.0,
+            recurrent_radius=_quietly(recurrent_radius, module) or 0.0,
             sequence=member.sequence,
         )
 

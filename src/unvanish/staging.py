@@ -8,7 +8,8 @@ the number of small operations, which is what a watcher really costs, low.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,9 +39,9 @@ _NO_BOUNDS = (-math.inf, -math.inf, math.inf)
 
 @dataclass(slots=True)
 class ParameterRow:
-    """Where the samples of one parameter go."""
+    """Where the samples of one parameter go; the parameter itself is not kept alive."""
 
-    parameter: nn.Parameter
+    reference: Callable[[], nn.Parameter | None]
     layer: int
     numel: int
     sampled: int
@@ -49,11 +50,24 @@ class ParameterRow:
     view: Tensor | None = None
     pointer: int = 0
 
-    def sample(self) -> Tensor:
+    @classmethod
+    def of(cls, parameter: nn.Parameter, layer: int, local: Tensor) -> ParameterRow:
+        """Return the row of a parameter, of which this process holds ``local``."""
+        sizes, strides, sampled = parameter_sample_layout(local.numel(), local.shape[-1] if local.dim() else 1)
+        entry = cls(lambda: None, layer, local.numel(), sampled, sizes, strides)
+        entry.reference = weakref.ref(parameter, lambda _: setattr(entry, "view", None))  # it holds the storage
+        return entry
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The parameter, as long as the training holds it."""
+        return self.reference()
+
+    def sample(self, parameter: nn.Parameter) -> Tensor:
         """Return a view of the entries that are sampled; remade when the storage was replaced."""
-        pointer = self.parameter.data_ptr()
+        pointer = parameter.data_ptr()
         if self.view is None or pointer != self.pointer:
-            view = _entries(_local(self.parameter.detach()), self.sizes, self.strides)
+            view = _entries(_local(parameter.detach()), self.sizes, self.strides)
             if view.data_ptr() != pointer:  # a copy of a tensor with holes is no view to keep
                 return view
             self.view, self.pointer = view, pointer
@@ -138,7 +152,10 @@ class Stage:
         self.layer_count += 1
         for _, parameter in own_parameters(module):
             local = _local(parameter)
-            if id(parameter) in self.row_of or not parameter.is_floating_point() or local.numel() == 0:
+            known = self.row_of.get(id(parameter))
+            if known is not None and self.rows[known].parameter is parameter:
+                continue
+            if not parameter.is_floating_point() or local.numel() == 0:
                 continue
             if (
                 len(self.rows) == MAX_ROWS
@@ -146,9 +163,8 @@ class Stage:
                 or isinstance(parameter, nn.parameter.UninitializedParameter)
             ):
                 continue
-            sizes, strides, sampled = parameter_sample_layout(local.numel(), local.shape[-1] if local.dim() else 1)
             self.row_of[id(parameter)] = len(self.rows)
-            self.rows.append(ParameterRow(parameter, number, local.numel(), sampled, sizes, strides))
+            self.rows.append(ParameterRow.of(parameter, number, local))
         return number
 
     def block_row(self, layer: int, what: str, bounds: tuple[float, float, float] = _NO_BOUNDS) -> int:
@@ -196,9 +212,11 @@ class Stage:
 
     def take_weights(self, rows: Sequence[int], *, after: bool) -> None:
         """Copy the samples of these parameters, before or after the update."""
+        held = [(row, p) for row in rows if (p := self.rows[row].parameter) is not None]
+        rows = [row for row, _ in held]
         if not rows:
             return
-        torch._foreach_copy_(self._places(1 if after else 0, rows), [self.rows[row].sample() for row in rows])
+        torch._foreach_copy_(self._places(1 if after else 0, rows), [self.rows[row].sample(p) for row, p in held])
         if after:
             self.slot.updated.update(rows)
 
@@ -206,7 +224,8 @@ class Stage:
         """Copy samples and exact norms of the gradients that the parameters hold now."""
         held, dense, sampled, sources = [], [], [], []
         for row, entry in enumerate(self.rows):
-            grad = entry.parameter.grad
+            parameter = entry.parameter
+            grad = None if parameter is None else parameter.grad
             if grad is None:
                 continue
             if grad.is_sparse:

@@ -51,6 +51,8 @@ class Stream:
     total_steps: int = 0
     sample_stride: int = 1  # in sampled steps: doubles when the trace is full
     loss_stride: int = 1
+    is_done: bool = False  # nothing will be added
+    is_written: bool = False  # and that is on disk
 
     def to_trace(self) -> Trace:
         """Return the trace as the diagnosis reads it."""
@@ -172,8 +174,10 @@ class Recorder:
             )
             connection.executemany(
                 "INSERT OR REPLACE INTO trace VALUES (?, ?)",
-                [(stream.number, json.dumps(_describe_stream(stream))) for stream in self.streams],
+                [(s.number, json.dumps(_describe_stream(s))) for s in self.streams if not s.is_written],
             )
+        for stream in self.streams:
+            stream.is_written = stream.is_done
 
     def _bound(self, stream: Stream) -> None:
         """Drop every second sample or loss when there are too many."""
@@ -204,9 +208,7 @@ class Recorder:
         except (sqlite3.Error, OSError) as error:
             if not self.failure:
                 self.failure = f"{type(error).__name__}: {error}"
-                log.warning(
-                    "recording to %s stopped (%s); watching goes on in memory", self.folder, self.failure
-                )
+                log.warning("recording to %s stopped (%s); watching goes on in memory", self.folder, self.failure)
             connection, self._connection = self._connection, None
             if connection is not None:
                 try:
@@ -285,9 +287,7 @@ def _read_rows(connection: sqlite3.Connection, stream: Stream) -> None:
             np.frombuffer(scalars, dtype=np.float64),
             np.frombuffer(measures, dtype=np.float32).reshape(-1, len(MEASURES)),
         )
-    rows = connection.execute(
-        "SELECT step, value FROM loss WHERE trace = ? LIMIT ?", (stream.number, 4 * MAX_LOSSES)
-    )
+    rows = connection.execute("SELECT step, value FROM loss WHERE trace = ? LIMIT ?", (stream.number, 4 * MAX_LOSSES))
     stream.losses = {step: float("nan") if value is None else value for step, value in rows}
     rows = connection.execute(
         "SELECT step, kind, details FROM event WHERE trace = ? LIMIT ?", (stream.number, 2 * MAX_EVENTS)

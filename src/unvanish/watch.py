@@ -12,12 +12,16 @@ import logging
 import math
 import sys
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -25,12 +29,13 @@ from .assemble import layer_measures, step_scalars
 from .capture import SPECIAL, Capture
 from .errors import OptionError
 from .records import MEASURES, Event, Recording
-from .roster import Roster, parameter_ids
+from .roster import Member, Roster, parameter_ids
 from .staging import Slot, Stage
 from .trace import Recorder, Stream
 
 DENSE_STEPS = 10  # the first steps of each optimiser are all sampled
 FLUSH_LOSSES = 256
+SETTLED = 3  # the step after which it shows whether units stay copies of each other
 DORMANT = 50  # steps of others after which an optimiser no longer asks for samples
 log = logging.getLogger("unvanish")
 _OF_PARAMETERS = [
@@ -38,13 +43,20 @@ _OF_PARAMETERS = [
 ]
 
 
+def _nothing() -> None:
+    """Stand for the reference to a parameter when there is none."""
+
+
 @dataclass
 class Player:
-    """One optimiser under watch."""
+    """One optimiser under watch; neither it nor its parameters are kept alive."""
 
-    optimizer: torch.optim.Optimizer
+    reference: weakref.ref[torch.optim.Optimizer]
     stream: Stream
     owned: frozenset[int]
+    groups: int  # of parameters; more may be added on the way
+    columns: list[Member] = field(default_factory=list)  # the layers of the trace
+    roster_version: int = -1  # of the roster, when the columns were last looked up
     steps: int = 0
     last_seen: int = 0  # count of steps of all optimisers
     uncleared: int = 0  # steps whose gradient still held that of the step before
@@ -53,9 +65,14 @@ class Player:
     skipped: int = 0
     takeovers: int = 0  # how often another optimiser stepped between two steps of this one
     root: int = -1
-    marked: Tensor | None = None  # the parameter whose gradient shows whether it was cleared
+    marked: Callable[[], Tensor | None] = _nothing  # the parameter whose gradient shows if it was cleared
     mark: tuple[Tensor, int] | None = None  # its gradient after the step, and that gradient's version
     loss_kind: str = ""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimiser, as long as the training holds it."""
+        return self.reference()
 
     def is_due(self, every: int) -> bool:
         """Say whether the next step is to be sampled."""
@@ -103,13 +120,16 @@ class Watch:
         self._optimizers = tuple(getattr(o, "optimizer", o) for o in optimizers)
         self._clock = clock
         self._capture = Capture(self.roster, self._guard)
-        self._players: dict[int, Player] = {}
+        self._players: dict[int, Player] = {}  # by the id of the optimiser
+        self._kinds: Counter[str] = Counter()
         self._last_player: Player | None = None
         self._all_steps = 0
         self._pending = Pending()
         self._events: list[tuple[int, Event]] = []
         self._nonfinite_seen = False
+        self._found: dict[str, Any] | None = None  # of a loss that was not finite, until a step follows
         self._backward_calls = 0
+        self._reads_backward = True  # whether there is something to read after the running backward pass
         self._active = False
         self._was_attached = False
         self._sees_compiled = False
@@ -136,7 +156,6 @@ class Watch:
         self._start = time.perf_counter()
         self.recorder.run.setdefault("torch", torch.__version__)
         self.recorder.run.setdefault("started", time.time())
-        self.recorder.run["seed"] = torch.initial_seed()
         self._handles = [
             register_optimizer_step_pre_hook(self._guard(self._before_step)),
             register_optimizer_step_post_hook(self._guard(self._after_step)),
@@ -214,8 +233,12 @@ class Watch:
             self._timed(self.detach)
             if not self.failure:
                 self._timed(self._finish)
+        self._players, self._optimizers, self._last_player = {}, (), None
+        self.roster.models, self._capture.stage = (), None
 
     def _finish(self) -> None:
+        if self._found is not None:
+            self._note_event("non-finite-loss", self._found)
         self._note_held_out()
         self._flush()
         self._describe()
@@ -276,7 +299,8 @@ class Watch:
                 return original(tensors, *args, **kwargs)
             before(tensors)
             result = original(tensors, *args, **kwargs)
-            after()
+            if self._reads_backward:
+                after()
             return result
 
         return backward
@@ -305,25 +329,32 @@ class Watch:
 
     def _before_backward(self, tensors: Any) -> None:
         self._backward_calls += 1
+        self._reads_backward = self._capture.is_armed or self._capture.compiled
         for player in self._players.values():
-            _look_whether_cleared(player)
-        if isinstance(tensors, Sequence):  # an iterator would be used up
+            if player.mark is not None:
+                _look_whether_cleared(player)
+                self._reads_backward |= player.mark is not None
+        if not isinstance(tensors, Tensor) and isinstance(tensors, Sequence):  # an iterator would be used up
             tensors = tensors[0] if tensors else None
         loss = tensors
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
             return
         value = self._loss_value(loss)
+        if isinstance(value, complex):
+            return
         self._pending.values.append(value)
         if isinstance(value, float) and not math.isfinite(value) and not self._nonfinite_seen:
             self._nonfinite_seen = True
-            self._note_event("non-finite-loss", {"loss": value, **self._capture.locate_nonfinite(loss)})
+            self._found = {"loss": value, **self._capture.locate_nonfinite(loss)}
         if self._capture.is_armed or self._capture.compiled:
             self._capture.read_graph(loss)
 
     def _loss_value(self, loss: Tensor) -> float | Tensor:
         """Return the loss as a number where that is free, else as a copy on its device."""
+        scale = None if self._scaler is None else self._scaler._scale
+        if scale is None and loss.is_cpu:
+            return loss.item()
         value = loss.detach()
-        scale = getattr(self._scaler, "_scale", None)
         if scale is not None:
             value = value / scale.to(value.device)
         return value.item() if value.device.type == "cpu" else value.reshape(()).float().clone()
@@ -349,9 +380,10 @@ class Watch:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         player = self._players.get(id(optimizer))
-        if player is None:
+        if player is None or player.optimizer is not optimizer:
             return
         self._note_held_out()
+        self._place_event(player)
         if player.steps and not player.is_cleared and self._backward_calls > player.backward_calls:
             player.uncleared += 1
         player.backward_calls = self._backward_calls
@@ -365,10 +397,10 @@ class Watch:
         player.stream.total_steps = player.steps
         self._all_steps += 1
         player.last_seen = self._all_steps
-        _mark(player)
+        _mark(player, optimizer)
         if self._any_due():
             self._capture.arm()
-        else:
+        elif self._capture.is_armed:
             self._capture.disarm()
         if len(self._pending.stepped) >= FLUSH_LOSSES:
             self._flush()
@@ -378,6 +410,7 @@ class Watch:
         player = self._player(optimizer)
         if player is not None:
             player.skipped += 1
+            self._place_event(player)
             self._pending.values.clear()
             self._capture.start_again()
 
@@ -386,7 +419,10 @@ class Watch:
     def _player(self, optimizer: torch.optim.Optimizer) -> Player | None:
         """Return the player of an optimiser, meeting it if it holds a watched parameter."""
         player = self._players.get(id(optimizer))
-        if player is not None:
+        if player is not None and player.optimizer is optimizer:
+            if len(optimizer.param_groups) != player.groups:
+                player.owned, player.groups = parameter_ids([optimizer]), len(optimizer.param_groups)
+                player.roster_version = -1
             return player
         if self._optimizers and all(optimizer is not known for known in self._optimizers):
             return None
@@ -396,19 +432,31 @@ class Watch:
         if not any(owned & member.parameters for member in self.roster.members):
             for model in _models_of(owned):
                 self._meet(model)
-        number = sum(type(p.optimizer) is type(optimizer) for p in self._players.values())
-        name = type(optimizer).__name__ + (f"-{number + 1}" if number else "")
-        player = Player(optimizer, self.recorder.stream(name), owned)
+        self._retire()
+        kind = type(optimizer).__name__
+        number = self._kinds[kind]
+        self._kinds[kind] += 1
+        stream = self.recorder.stream(kind + (f"-{number + 1}" if number else ""))
+        player = Player(weakref.ref(optimizer), stream, owned, len(optimizer.param_groups))
         self._players[id(optimizer)] = player
         return player
+
+    def _retire(self) -> None:
+        """Finish the traces of optimisers that were freed."""
+        for key, player in list(self._players.items()):
+            if player.optimizer is None:
+                self._refresh(player)
+                player.stream.is_done = True
+                del self._players[key]
 
     def _any_due(self) -> bool:
         if not self._players:
             return True
-        return any(
-            player.is_due(self.every) and self._all_steps - player.last_seen < DORMANT
-            for player in self._players.values()
-        )
+        for player in self._players.values():
+            is_alive = self._all_steps - player.last_seen < DORMANT and player.optimizer is not None
+            if is_alive and player.is_due(self.every):
+                return True
+        return False
 
     def _is_sampling(self, player: Player) -> bool:
         capture = self._capture
@@ -432,8 +480,8 @@ class Watch:
         pending.last, pending.values = list(values), []
 
     def _close_sample(self, player: Player) -> None:
-        stage = self._capture.stage
-        if stage is None:
+        stage, optimizer = self._capture.stage, player.optimizer
+        if stage is None or optimizer is None:
             return
         stage.take_weights(self._rows_of(player), after=True)
         if self._capture.plan is not None and not player.stream.loss_paths:
@@ -442,21 +490,49 @@ class Watch:
         slot = stage.slot
         slot.owner, slot.step = player, player.steps
         slot.facts["seconds"] = time.perf_counter() - self._start
-        slot.facts["lr"] = float(player.optimizer.param_groups[0].get("lr", math.nan))
+        slot.facts["lr"] = float(optimizer.param_groups[0].get("lr", math.nan))
         for member in self.roster.members:
             if member.parameters & player.owned:
-                member.updates += any(p.requires_grad for p in member.module.parameters(recurse=False))
+                member.updates += member.is_trainable
                 player.root = member.root
-        others = [p for p in self._players.values() if p is not player and p.is_due(self.every)]
+        if player.steps < DENSE_STEPS or player.roster_version != self.roster.version:
+            self._look_up_layers(player, stage)
+        others = [
+            p for p in self._players.values() if p is not player and p.is_due(self.every) and p.optimizer is not None
+        ]
         counts = self._carried(slot.counts, player) if others or self._all_steps < 4 else {}
-        if stage.close_slot():
+        if stage.close_slot() or self.roster.has_gone:
             self._flush()
+        if self.roster.has_gone:
+            self._capture.release()
+            counts = {}
         if counts:
             self._carry_gradients(slot, player, self._capture.stage)
             stage.carry_over(counts)
             self._capture.forget_gradients()
         else:
             self._capture.forget()
+
+    def _look_up_layers(self, player: Player, stage: Stage) -> None:
+        """Note which layers belong to a trace: those of the models its optimiser trains, and what ran with them."""
+        roots = {m.root for m in self.roster.members if m.parameters & player.owned}
+        ran = {
+            layer for (layer, what), row in stage.block_rows.items() if what == "output" and row in stage.slot.counts
+        }
+        new = [m for m in self.roster.members if m.root in roots or m.number in ran]
+        known = set(map(id, player.columns))
+        player.columns += [member for member in new if id(member) not in known]
+        player.roster_version = self.roster.version
+        if len(player.columns) > len(known) or player.steps == SETTLED:
+            self._refresh(player)
+
+    def _refresh(self, player: Player) -> None:
+        """Bring the facts of a trace up to date; what was freed keeps its last ones."""
+        everyone = [p.optimizer for p in self._players.values() if p is not player]
+        elsewhere = parameter_ids(o for o in everyone if o is not None)
+        stream = player.stream
+        stream.layers = self.roster.layers(player.columns, stream.layers, player.owned, elsewhere)
+        stream.facts.update(_facts(player))
 
     def _carry_gradients(self, slot: Slot, player: Player, stage: Stage | None) -> None:
         """Give the newly begun sample what one backward pass left for the optimisers that step next."""
@@ -472,11 +548,7 @@ class Watch:
         stage = self._capture.stage
         if stage is None:
             return {}
-        keep = {
-            m.number
-            for m in self.roster.members
-            if not m.parameters & player.owned and any(p.requires_grad for p in m.module.parameters())
-        }
+        keep = {m.number for m in self.roster.members if not m.parameters & player.owned and m.is_trainable}
         return {row: counts[row] for (layer, _), row in stage.block_rows.items() if layer in keep and row in counts}
 
     def _flush(self) -> None:
@@ -504,11 +576,10 @@ class Watch:
                 if key in stage.block_rows:
                     special[what] = stage.block_rows[key]
             scalars = step_scalars(fetched, number, special)
-            samples.append((player.stream, step, scalars, blocks[number]))
-        first = next(iter(self._players.values()), None)
-        streams = dict(enumerate(self.recorder.streams))
-        events = [(streams[n], event) for n, event in self._events if n in streams] if first else []
-        self._events = [] if first else self._events
+            samples.append((player.stream, step, scalars, _columns(blocks[number], player.columns)))
+        streams = self.recorder.streams
+        events = [(streams[number], event) for number, event in self._events] if streams else []
+        self._events = [] if streams else self._events
         if fetched:
             for player in self._players.values():
                 if not player.stream.layers:
@@ -525,6 +596,12 @@ class Watch:
         if value is not None:
             self._note_event("validation-loss", {"loss": value})
 
+    def _place_event(self, player: Player) -> None:
+        """Give a loss that was not finite to the optimiser whose step it led to."""
+        if self._found is not None:
+            self._events.append((player.stream.number, Event(player.steps, "non-finite-loss", self._found)))
+            self._found = None
+
     def _note_event(self, kind: str, details: dict[str, Any]) -> None:
         """Keep a first occurrence for the optimiser that stepped last."""
         player = self._last_player or next(iter(self._players.values()), None)
@@ -533,19 +610,16 @@ class Watch:
 
     def _describe(self) -> None:
         """Write the facts of the run so far."""
-        everyone = [player.optimizer for player in self._players.values()]
         for player in self._players.values():
-            stream = player.stream
-            elsewhere = parameter_ids(o for o in everyone if o is not player.optimizer)
-            stream.layers = self.roster.layers(player.owned, elsewhere)
-            stream.facts.update(_facts(player))
+            self._refresh(player)
         seconds = time.perf_counter() - self._start
         self.recorder.run.update(
             seconds=round(seconds, 3),
-            steps=max((p.steps for p in self._players.values()), default=0),
+            steps=max((stream.total_steps for stream in self.recorder.streams), default=0),
             watch_share=round(self.inside / max(seconds, 1e-9), 5),
             backward_calls=self._backward_calls,
             every=self.every,
+            seed=torch.initial_seed(),
             layers_left_out=self.roster.left_out,
             device=str(self._capture.stage.device) if self._capture.stage is not None else "none",
             is_compiled=self._capture.compiled,
@@ -556,16 +630,21 @@ class Watch:
 
 def _facts(player: Player) -> dict[str, Any]:
     """Return the plain settings of an optimiser and what happened around its steps."""
-    group = player.optimizer.param_groups[0]
-    settings = {
-        key: float(group[key])
-        for key in ("lr", "momentum", "weight_decay", "eps", "alpha")
-        if isinstance(group.get(key), (int, float))
-    }
+    optimizer = player.optimizer
+    settings: dict[str, Any] = {}
+    if optimizer is not None:
+        group = optimizer.param_groups[0]
+        settings = {
+            "optimizer": type(optimizer).__name__,
+            **{
+                key: float(group[key])
+                for key in ("lr", "momentum", "weight_decay", "eps", "alpha")
+                if isinstance(group.get(key), (int, float))
+            },
+            "maximize": bool(group.get("maximize", False)),
+        }
     return {
-        "optimizer": type(player.optimizer).__name__,
         **settings,
-        "maximize": bool(group.get("maximize", False)),
         "uncleared_steps": player.uncleared,
         "skipped_steps": player.skipped,
         "takeovers": player.takeovers,
@@ -586,22 +665,33 @@ def _fetch_losses(
     return result
 
 
-def _mark(player: Player) -> None:
+def _columns(block: NDArray[np.float32], members: Sequence[Member]) -> NDArray[np.float32]:
+    """Return the measures of these layers; nan for one that was freed before."""
+    numbers = np.array([member.number for member in members], dtype=int)
+    columns: NDArray[np.float32] = block[numbers]
+    columns[numbers < 0] = np.nan
+    return columns
+
+
+def _mark(player: Player, optimizer: torch.optim.Optimizer) -> None:
     """Remember a small gradient of an optimiser, to see whether it is cleared before the next step."""
-    if player.marked is None or player.marked.grad is None:
-        held = [p for group in player.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        player.marked = min(held, key=lambda p: p.numel(), default=None)
-    grad = None if player.marked is None else player.marked.grad
+    marked = player.marked()
+    if marked is None or marked.grad is None:
+        held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        marked = min(held, key=lambda p: p.numel(), default=None)
+        player.marked = _nothing if marked is None else weakref.ref(marked)
+    grad = None if marked is None else marked.grad
     player.is_cleared = grad is None
     player.mark = None if grad is None else (grad, grad._version)
 
 
 def _look_whether_cleared(player: Player) -> None:
     """Note whether the gradient was emptied since the last step: gone, replaced, or written to."""
-    if player.mark is None or player.marked is None:
+    if player.mark is None:
         return
     grad, version = player.mark
-    if player.marked.grad is not grad or grad._version != version:
+    marked = player.marked()
+    if marked is None or marked.grad is not grad or grad._version != version:
         player.is_cleared = True
         player.mark = None
 
