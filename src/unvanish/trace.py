@@ -7,11 +7,13 @@ memory and the report says so: a training run is never killed by being watched.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import sqlite3
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,26 +57,30 @@ class Stream:
     is_written: bool = False  # and that is on disk
 
     def to_trace(self) -> Trace:
-        """Return the trace as the diagnosis reads it."""
+        """Return the trace as the diagnosis reads it: layers from input to output, those never called last."""
+        order = sorted(range(len(self.layers)), key=lambda i: (self.layers[i].position < 0, self.layers[i].position))
         steps = np.array(sorted(self.samples), dtype=np.int64)
         measures = np.full((len(steps), len(self.layers), len(MEASURES)), np.nan, dtype=np.float32)
         scalars = np.full((len(steps), len(SCALARS)), np.nan)
         for row, step in enumerate(steps):
             scalars[row], block = self.samples[int(step)]
             measures[row, : block.shape[0]] = block[: len(self.layers)]
+        measures = measures[:, order]
         loss_steps = np.array(sorted(self.losses), dtype=np.int64)
         return Trace(
             name=self.name,
-            layers=self.layers,
+            layers=tuple(self.layers[i] for i in order),
             steps=steps,
             measures={name: measures[:, :, i] for i, name in enumerate(MEASURES)},
             scalars={name: scalars[:, i] for i, name in enumerate(SCALARS)},
             loss_steps=loss_steps,
-            losses=np.array([self.losses[int(step)] for step in loss_steps]),
-            loss_paths=self.loss_paths,
-            events=tuple(sorted(self.events, key=lambda event: event.step)),
+            losses=np.array([self.losses[int(step)] for step in loss_steps], dtype=np.float64),
+            loss_paths=tuple(tuple(replace(op, details=_plain(op.details)) for op in path) for path in self.loss_paths),
+            events=tuple(
+                replace(event, details=_plain(event.details)) for event in sorted(self.events, key=lambda e: e.step)
+            ),
             total_steps=self.total_steps,
-            facts=json.loads(json.dumps(finite(self.facts))),
+            facts=_plain(self.facts),
         )
 
 
@@ -90,6 +96,7 @@ class Recorder:
         self.run: dict[str, Any] = {}
         self.streams: list[Stream] = []
         self.failure = ""
+        self._process = os.getpid()
         self._connection: sqlite3.Connection | None = None
         if folder is not None:
             self._try(self._open, folder)
@@ -126,16 +133,27 @@ class Recorder:
         """Write the description and close the file, leaving one file without its log."""
         self.describe()
         if self._connection is not None:
-            self._try(self._connection.execute, "PRAGMA wal_checkpoint(TRUNCATE)")
-            self._try(self._connection.close)
+            self._try(self._leave_one_file)
             self._connection = None
+
+    def _leave_one_file(self) -> None:
+        """Fold the log into the file, so that the record can be copied and read where nothing may be written."""
+        connection = self._connection
+        if connection is None:
+            return
+        with contextlib.suppress(sqlite3.OperationalError):  # someone is reading: the log stays beside it
+            connection.execute("PRAGMA busy_timeout=200")
+            connection.execute("PRAGMA journal_mode=DELETE")
+        connection.close()
 
     def recording(self) -> Recording:
         """Return the run as it stands."""
-        return Recording(dict(self.run), tuple(stream.to_trace() for stream in self.streams))
+        return Recording(_plain(self.run), tuple(stream.to_trace() for stream in self.streams))
 
     def _open(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / FILE_NAME).exists():
+            raise FileExistsError(f"{FILE_NAME} is there already")
         connection = sqlite3.connect(folder / FILE_NAME, check_same_thread=False, timeout=5.0)
         self._connection = connection
         if connection.execute("PRAGMA journal_mode=WAL").fetchone()[0] != "wal":
@@ -203,6 +221,8 @@ class Recorder:
 
     def _try(self, action: Any, *arguments: Any) -> None:
         """Do it; when the disk fails, say so once and go on in memory."""
+        if os.getpid() != self._process:  # a process that the script forked: the file is its parent's
+            return
         try:
             action(*arguments)
         except (sqlite3.Error, OSError) as error:
@@ -241,22 +261,27 @@ def read_recording(path: Path) -> Recording:
             f"report: {str(path)!r}: found no {FILE_NAME}, expected the folder of a run. "
             "List the runs with `ls runs/`, or record one with `unvanish run train.py`."
         )
+    address = file.absolute().as_uri()
     try:
-        connection = sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=5.0)
-    except sqlite3.Error as error:
-        raise RecordError(f"report: {str(file)!r}: found {error}, expected a readable record.") from error
-    try:
-        return _read(connection)
-    except (sqlite3.Error, ValueError, KeyError, TypeError, IndexError) as error:
+        try:
+            return _read(f"{address}?mode=ro")
+        except sqlite3.OperationalError as error:
+            if "unable to open" not in str(error):
+                raise
+            return _read(f"{address}?immutable=1")  # a log that was left in a folder where nothing may be written
+    except (sqlite3.Error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise RecordError(
             f"report: {str(file)!r}: found a damaged file or another format ({error}), "
             "expected the record of a run. Nothing was changed."
         ) from error
-    finally:
-        connection.close()
 
 
-def _read(connection: sqlite3.Connection) -> Recording:
+def _read(address: str) -> Recording:
+    with contextlib.closing(sqlite3.connect(address, uri=True, timeout=5.0)) as connection:
+        return _read_all(connection)
+
+
+def _read_all(connection: sqlite3.Connection) -> Recording:
     if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
         raise ValueError("no mark of unvanish in the file")
     run = {key: json.loads(value) for key, value in connection.execute("SELECT key, value FROM run")}
@@ -265,17 +290,38 @@ def _read(connection: sqlite3.Connection) -> Recording:
         described = json.loads(text)
         if tuple(described["measures"]) != MEASURES or tuple(described["scalars"]) != SCALARS:
             raise ValueError("written by another version of unvanish")
-        stream = Stream(number, described["name"])
-        stream.total_steps, stream.facts = described["total_steps"], described["facts"]
-        stream.layers = tuple(Layer(**layer) for layer in described["layers"])
+        stream = Stream(number, _kind(described["name"], str))
+        stream.total_steps, stream.facts = _kind(described["total_steps"], int), _kind(described["facts"], dict)
+        stream.layers = tuple(_layer(layer) for layer in described["layers"])
         stream.loss_paths = tuple(tuple(_op(op) for op in path) for path in described["loss_paths"])
         _read_rows(connection, stream)
         streams.append(stream)
     return Recording(run, tuple(stream.to_trace() for stream in streams))
 
 
+def _kind(value: Any, *kinds: type) -> Any:
+    """Return the value if it is of one of these types, else raise."""
+    if type(value) not in kinds:
+        raise ValueError(f"{type(value).__name__} where {kinds[0].__name__} belongs")
+    return value
+
+
+def _layer(value: Mapping[str, Any]) -> Layer:
+    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "bool": (bool,), "float": (float, int)}
+    layer = Layer(**value)
+    for item in fields(Layer):
+        _kind(getattr(layer, item.name), *kinds[str(item.type)])
+    return layer
+
+
 def _op(value: Mapping[str, Any]) -> Op:
-    return Op(value["name"], tuple(value["shape"]), value["layer"], value["details"])
+    shape = tuple(_kind(size, int) for size in value["shape"])
+    return Op(_kind(value["name"], str), shape, _kind(value["layer"], str), _kind(value["details"], dict))
+
+
+def _plain(value: Any) -> Any:
+    """Return the value as it will be read back from the file."""
+    return json.loads(json.dumps(finite(value)))
 
 
 def _read_rows(connection: sqlite3.Connection, stream: Stream) -> None:
@@ -283,13 +329,19 @@ def _read_rows(connection: sqlite3.Connection, stream: Stream) -> None:
         "SELECT step, scalars, measures FROM sample WHERE trace = ? LIMIT ?", (stream.number, 4 * MAX_SAMPLES)
     )
     for step, scalars, measures in rows:
-        stream.samples[step] = (
+        if len(scalars) != 8 * len(SCALARS):
+            raise ValueError("a sample of another size")
+        stream.samples[_kind(step, int)] = (
             np.frombuffer(scalars, dtype=np.float64),
             np.frombuffer(measures, dtype=np.float32).reshape(-1, len(MEASURES)),
         )
     rows = connection.execute("SELECT step, value FROM loss WHERE trace = ? LIMIT ?", (stream.number, 4 * MAX_LOSSES))
-    stream.losses = {step: float("nan") if value is None else value for step, value in rows}
+    stream.losses = {
+        _kind(step, int): float("nan") if value is None else float(_kind(value, float, int)) for step, value in rows
+    }
     rows = connection.execute(
         "SELECT step, kind, details FROM event WHERE trace = ? LIMIT ?", (stream.number, 2 * MAX_EVENTS)
     )
-    stream.events = [Event(step, kind, json.loads(details)) for step, kind, details in rows]
+    stream.events = [
+        Event(_kind(step, int), _kind(kind, str), _kind(json.loads(details), dict)) for step, kind, details in rows
+    ]
