@@ -50,6 +50,7 @@ class _Attendance:
     watch: Watch | None = None
     folder: Path | None = None
     failure: str = ""
+    also: Callable[[], None] | None = None
     pid: int = field(default_factory=os.getpid)
 
     def begin(self) -> None:
@@ -63,6 +64,8 @@ class _Attendance:
             self.watch = Watch(every=self.every, folder=self.folder)
             self.watch.recorder.run.update(self.facts, id=self.folder.name if self.folder else "")
             self.watch.attach()
+            if self.also is not None:
+                self.also()
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
             log.warning("watching could not begin, the script runs on: %s", self.failure)
@@ -79,7 +82,13 @@ class _Attendance:
 
 
 def attend(
-    target: str, arguments: Sequence[str], *, is_module: bool, every: int, parent: Path | None
+    target: str,
+    arguments: Sequence[str],
+    *,
+    is_module: bool,
+    every: int,
+    parent: Path | None,
+    also: Callable[[], None] | None = None,
 ) -> Attended:
     """Run a script or module under watch.
 
@@ -89,9 +98,10 @@ def attend(
         is_module: ``target`` is a module, as with ``python -m``.
         every: Sample each so many steps. >= 1
         parent: The record is kept in a new folder of this one; None keeps none.
+        also: Called when the watch is attached: what else is to be done to the script.
     """
     facts: dict[str, Any] = {"script": target, "arguments": list(arguments), "started": time.time()}
-    attendance = _Attendance(every, None if parent is None else parent.absolute(), target, facts)
+    attendance = _Attendance(every, None if parent is None else parent.absolute(), target, facts, also=also)
     with _WhenImported("torch", attendance.begin):
         outcome = run_target(target, list(arguments), is_module=is_module)
         if outcome.status == 0:

@@ -4,7 +4,8 @@ UnvanishError
 ├── OptionError     (ValueError)   an argument has a value that cannot be used
 ├── LayerError      (LookupError)  a named layer is missing or cannot be watched
 ├── TargetError     (ValueError)   the script or factory to run cannot be found or loaded
-└── RecordError     (ValueError)   a file is not a record of a run, or is damaged
+├── RecordError     (ValueError)   a file is not a record of a run, or is damaged
+└── TreatmentError  (ValueError)   a treatment does not exist or cannot be applied here
 
 Every message has four parts: where, what was found, what was expected, what to do.
 """
@@ -28,3 +29,7 @@ class TargetError(UnvanishError, ValueError):
 
 class RecordError(UnvanishError, ValueError):
     """A file is not a record of a run, or is damaged."""
+
+
+class TreatmentError(UnvanishError, ValueError):
+    """A treatment does not exist or cannot be applied here."""

@@ -163,6 +163,16 @@ class Recording:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """What a treatment did."""
+
+    treatment: str
+    what: str
+    layers: tuple[str, ...] = ()
+    preserves_function: bool = False  # right after the change the network computes what it did before
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """One illness, with its numbers and its source."""
 
@@ -182,8 +192,7 @@ class Finding:
         where = f" in {self.layer!r}" if self.layer else ""
         tries = f"  Try: {', then '.join(self.treatments)}." if self.treatments else ""
         return (
-            f"{self.severity}: {self.illness}{where} since step {self.step}. {self.why}"
-            f"{tries}  Source: {self.source}."
+            f"{self.severity}: {self.illness}{where} since step {self.step}. {self.why}{tries}  Source: {self.source}."
         )
 
     def to_dict(self) -> dict[str, Any]:
