@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import builtins
+import contextlib
 import importlib.util
 import os
 import runpy
@@ -13,7 +15,7 @@ import traceback
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import TargetError
 
@@ -39,9 +41,7 @@ def check_target(target: str, *, is_module: bool) -> None:
         try:
             found = importlib.util.find_spec(target)
         except (ImportError, ValueError) as error:
-            raise TargetError(
-                f"run: module {target!r}: found {error}, expected an importable module."
-            ) from error
+            raise TargetError(f"run: module {target!r}: found {error}, expected an importable module.") from error
         if found is None:
             raise TargetError(
                 f"run: module {target!r}: found nothing of that name, expected an importable module. "
@@ -65,6 +65,18 @@ def run_target(target: str, arguments: list[str], *, is_module: bool) -> Outcome
     pid = os.getpid()
     previous = _on_termination(pid)
     try:
+        outcome = _run(target, arguments, is_module=is_module)
+    finally:
+        sys.modules["__main__"], sys.argv, sys.path[:] = main, argv, path
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+    if os.getpid() != pid:
+        _end_child(outcome)
+    return outcome
+
+
+def _run(target: str, arguments: list[str], *, is_module: bool) -> Outcome:
+    try:
         if is_module:
             sys.argv = [target, *arguments]
             runpy.run_module(target, run_name="__main__", alter_sys=True)
@@ -77,13 +89,16 @@ def run_target(target: str, arguments: list[str], *, is_module: bool) -> Outcome
     except BaseException as error:
         _print_traceback(error)
         return Outcome(3, has_raised=True, message=f"{type(error).__name__}: {error}")
-    finally:
-        if os.getpid() != pid:  # a child that the script forked must not write our report
-            os._exit(1)
-        sys.modules["__main__"], sys.argv, sys.path[:] = main, argv, path
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
     return Outcome(0)
+
+
+def _end_child(outcome: Outcome) -> NoReturn:
+    """End a process that the script forked as `python` would: it must not write our report."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(1 if outcome.has_raised else outcome.status)
 
 
 def _run_file(target: str, arguments: list[str]) -> None:
@@ -139,7 +154,7 @@ def _print_traceback(error: BaseException) -> None:
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
         frames = frames.tb_next
-    traceback.print_exception(type(error), error, frames or error.__traceback__, file=sys.stderr)
+    traceback.print_exception(type(error), error, frames, file=sys.stderr)
 
 
 def run_folder(parent: Path, target: str) -> Path:
