@@ -2,8 +2,8 @@
 
     python bench/soak.py [--steps 100000] [--folder DIR]
 
-The record is full after 20,000 losses; what grows after the first part of the run is a leak, and the exit code
-is 1.
+The record is full after 20,000 losses (a shorter run is still filling it); what grows later is a leak, and the
+exit code is 1.
 """
 
 from __future__ import annotations
