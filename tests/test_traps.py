@@ -152,6 +152,62 @@ def test_mixed_precision_is_recorded_unscaled() -> None:
     assert not np.nansum(trace.measures["nonfinite"])
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam], ids=["SGD", "Adam"])
+def test_steps_that_a_fused_optimiser_leaves_out_are_counted(make: Any) -> None:
+    """A fused optimiser gets scaled gradients and skips by itself: one skipped step, no number of it recorded."""
+    model = net()
+    optimizer = make(model.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    truth, losses = [], []
+    with watching(every=1) as watch:
+        for step in range(8):
+            optimizer.zero_grad()
+            loss = model(torch.randn(6, 4)).square().mean() * (math.inf if step == 5 else 1.0)
+            scale = scaler.get_scale()
+            scaler.scale(loss).backward()
+            if step != 5:
+                truth.append(grad_rms(model[0]) / scale)
+                losses.append(loss.item())
+            scaler.step(optimizer)
+            scaler.update()
+    trace = only(watch)
+    assert trace.total_steps == 7
+    assert trace.facts["skipped_steps"] == 1
+    np.testing.assert_allclose(trace.losses, losses, rtol=1e-6)
+    np.testing.assert_allclose(column(trace, "grad_rms", "0"), truth, rtol=1e-4)
+
+
+def test_scaled_and_unscaled_losses_may_alternate() -> None:
+    """Where one network trains with a loss scale and another without, both are recorded as they are."""
+    scaled, plain = net(), net()
+    to_scaled, to_plain = torch.optim.Adam(scaled.parameters()), torch.optim.SGD(plain.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    truth: dict[str, list[float]] = {"Adam": [], "SGD": []}
+    losses: dict[str, list[float]] = {"Adam": [], "SGD": []}
+    with watching(every=1) as watch:
+        for _ in range(6):
+            for model, optimizer in ((scaled, to_scaled), (plain, to_plain)):
+                optimizer.zero_grad()
+                loss = model(torch.randn(6, 4)).square().mean()
+                if model is scaled:
+                    scaler.scale(loss).backward()
+                    scaler.unscale_(optimizer)
+                else:
+                    loss.backward()
+                truth[type(optimizer).__name__].append(grad_rms(model[0]))
+                losses[type(optimizer).__name__].append(loss.item())
+                if model is scaled:
+                    scaler.step(optimizer)
+                    scaler.update()
+                else:
+                    optimizer.step()
+    assert watch.failure == ""
+    for trace in watch.recording().traces:
+        (name, *_) = (layer.name for layer in trace.layers if layer.is_optimised)
+        np.testing.assert_allclose(trace.losses, losses[trace.name], rtol=1e-6)
+        np.testing.assert_allclose(column(trace, "grad_rms", name), truth[trace.name], rtol=1e-4)
+
+
 def test_a_disabled_scaler_changes_nothing() -> None:
     """`GradScaler(enabled=False)`, as scripts on a CPU use it, leaves losses and steps as they are."""
     model = net()
@@ -277,6 +333,50 @@ def test_two_optimisers_after_one_backward_share_the_loss() -> None:
         assert np.isfinite(column(trace, "update_ratio", owned[0])).all()
         assert np.isfinite(column(trace, "grad_rms", owned[0])).all()
         assert trace.facts["uncleared_steps"] == 0
+
+
+def test_a_model_trained_twice_has_two_traces() -> None:
+    """A second optimiser for the same model begins a second trace; the first one's stays as it was."""
+    model = net()
+    losses = []
+    with watching(every=1) as watch:
+        for make in (torch.optim.SGD, torch.optim.Adam):
+            optimizer = make(model.parameters(), lr=0.01)
+            losses.append(descend(model, optimizer, torch.randn(5, 4), torch.zeros(5, 2), 12))
+    assert watch.failure == ""
+    traces = watch.recording().traces
+    assert [trace.name for trace in traces] == ["SGD", "Adam"]
+    for trace, expected in zip(traces, losses, strict=True):
+        np.testing.assert_allclose(trace.losses, expected, rtol=1e-6)
+        assert [layer.name for layer in trace.layers] == ["0", "2"]
+        assert np.isfinite(trace.measures["update_ratio"]).all()
+
+
+def test_parameters_added_to_the_optimiser_later_are_watched() -> None:
+    """`add_param_group`, as when layers are unfrozen on the way, makes the layer one of the trace's own."""
+    model = net()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[2].parameters(), 0.1)
+    with watching(every=1) as watch:
+        descend(model, optimizer, torch.randn(5, 4), torch.zeros(5, 2), 4)
+        model[0].requires_grad_(True)
+        optimizer.add_param_group({"params": list(model[0].parameters())})
+        descend(model, optimizer, torch.randn(5, 4), torch.zeros(5, 2), 4)
+    trace = only(watch)
+    assert trace.layer("0").is_optimised
+    assert list(np.isfinite(column(trace, "update_ratio", "0"))) == [False] * 4 + [True] * 4
+
+
+def test_training_without_an_optimiser_of_torch_holds_nothing() -> None:
+    """A loop that updates by hand gives no trace, and waiting losses do not pile up."""
+    weight = torch.ones(1, requires_grad=True)
+    with watching() as watch:
+        for _ in range(5000):
+            (weight * 2).sum().backward()
+            weight.grad = None
+        assert len(watch._pending.values) <= 4096
+    assert watch.failure == ""
+    assert watch.recording().traces == ()
 
 
 # What an update is -------------------------------------------------------------------------------------
@@ -827,6 +927,7 @@ def test_transforms_and_tracing_are_left_alone() -> None:
             model(torch.empty(5, 4))
         descend(model, torch.optim.SGD(model.parameters(), 0.1), x, torch.zeros(5, 2), 3)
     assert counted.get_total_flops() == bare.get_total_flops()
+    np.testing.assert_array_equal(only(watch).scalars["batch"], 5)
     assert np.isfinite(column(only(watch), "activation_std", "0")).all()
 
 

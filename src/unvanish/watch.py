@@ -36,6 +36,7 @@ from .trace import Recorder, Stream
 DENSE_STEPS = 10  # the first steps of each optimiser are all sampled
 FLUSH_LOSSES = 256
 SETTLED = 3  # the step after which it shows whether units stay copies of each other
+MAX_PENDING = 4096  # losses that wait for a step
 DORMANT = 50  # steps of others after which an optimiser no longer asks for samples
 log = logging.getLogger("unvanish")
 _OF_PARAMETERS = [
@@ -136,6 +137,8 @@ class Watch:
         self._handles: list[Any] = []
         self._undo: list[Callable[[], None]] = []
         self._scaler: Any = None
+        self._scaled = 0  # losses it has scaled and that no backward pass began from yet
+        self._scale: Tensor | None = None  # of the running backward pass
         self._start = time.perf_counter()
         self._described = (-1.0, 0)
 
@@ -309,7 +312,8 @@ class Watch:
         @functools.wraps(original)
         def scale(scaler: Any, outputs: Any) -> Any:
             scaled = original(scaler, outputs)
-            self._scaler = scaler if self._active and scaler.is_enabled() else None
+            if self._active and scaler.is_enabled():
+                self._scaler, self._scaled = scaler, self._scaled + 1
             return scaled
 
         return scale
@@ -319,13 +323,16 @@ class Watch:
 
         @functools.wraps(original)
         def step(scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-            before = self._all_steps
+            before = self._all_steps, self._skips()
             result = original(scaler, optimizer, *args, **kwargs)
-            if self._all_steps == before and scaler.is_enabled():
+            if (self._all_steps, self._skips()) == before and scaler.is_enabled():
                 note(optimizer)
             return result
 
         return step
+
+    def _skips(self) -> int:
+        return sum(player.skipped for player in self._players.values())
 
     def _before_backward(self, tensors: Any) -> None:
         self._backward_calls += 1
@@ -337,11 +344,15 @@ class Watch:
         if not isinstance(tensors, Tensor) and isinstance(tensors, Sequence):  # an iterator would be used up
             tensors = tensors[0] if tensors else None
         loss = tensors
+        self._scale = getattr(self._scaler, "_scale", None) if self._scaled else None
+        self._scaled = max(self._scaled - 1, 0)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             return
         value = self._loss_value(loss)
         if isinstance(value, complex):
             return
+        if len(self._pending.values) >= MAX_PENDING:  # no optimiser of torch's steps here
+            self._pending.values.clear()
         self._pending.values.append(value)
         if isinstance(value, float) and not math.isfinite(value) and not self._nonfinite_seen:
             self._nonfinite_seen = True
@@ -351,7 +362,7 @@ class Watch:
 
     def _loss_value(self, loss: Tensor) -> float | Tensor:
         """Return the loss as a number where that is free, else as a copy on its device."""
-        scale = None if self._scaler is None else self._scaler._scale
+        scale = self._scale
         if scale is None and loss.is_cpu:
             return loss.item()
         value = loss.detach()
@@ -363,9 +374,8 @@ class Watch:
         capture = self._capture
         if capture.is_armed or (capture.compiled and self._any_due()):
             capture.read_gradients()
-            scale = getattr(self._scaler, "_scale", None)
-            if capture.stage is not None and scale is not None:
-                capture.stage.slot.scale = scale.clone()
+            if capture.stage is not None:
+                capture.stage.slot.scale = None if self._scale is None else self._scale.clone()
         for player in self._players.values():
             if player.mark is not None:
                 player.mark = (player.mark[0], player.mark[0]._version)
@@ -381,6 +391,11 @@ class Watch:
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         player = self._players.get(id(optimizer))
         if player is None or player.optimizer is not optimizer:
+            return
+        self._scaled = 0
+        found = getattr(optimizer, "found_inf", None)  # a fused optimiser leaves the step out by itself
+        if found is not None and (found.device.type == "cpu" or self._is_sampling(player)) and bool(found):
+            self._note_skipped(optimizer)
             return
         self._note_held_out()
         self._place_event(player)
@@ -410,6 +425,7 @@ class Watch:
         player = self._player(optimizer)
         if player is not None:
             player.skipped += 1
+            self._scaled = 0
             self._place_event(player)
             self._pending.values.clear()
             self._capture.start_again()
@@ -498,7 +514,12 @@ class Watch:
         if player.steps < DENSE_STEPS or player.roster_version != self.roster.version:
             self._look_up_layers(player, stage)
         others = [
-            p for p in self._players.values() if p is not player and p.is_due(self.every) and p.optimizer is not None
+            p
+            for p in self._players.values()
+            if p is not player
+            and p.is_due(self.every)
+            and p.optimizer is not None
+            and self._all_steps - p.last_seen < DORMANT
         ]
         counts = self._carried(slot.counts, player) if others or self._all_steps < 4 else {}
         if stage.close_slot() or self.roster.has_gone:
