@@ -284,7 +284,7 @@ def test_a_full_disk_does_not_stop_the_run(tmp_path: Path, caplog: pytest.LogCap
         (tmp_path / FILE_NAME).stat()
         assert read_recording(tmp_path).traces == ()
     finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 5, 30])
@@ -340,7 +340,7 @@ def test_a_read_only_folder_leaves_memory(tmp_path: Path, caplog: pytest.LogCapt
         keeps_on(Recorder(tmp_path / "new"), caplog)
         assert_same(read_recording(tmp_path), recorder.recording())
     finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
 # Files that are no records ------------------------------------------------------------------------------
