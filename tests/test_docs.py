@@ -104,8 +104,8 @@ def run_commands(block: Block, status: int) -> None:
             assert illness in done.stdout, f"line {block.line}: {illness} is shown, but was not found"
 
 
-def test_commands_that_are_shown_exist() -> None:
-    """Every command in a console block is one that `unvanish --help` lists."""
+def test_commands_are_those_of_the_program() -> None:
+    """Every command in a console block exists, and every command has its row in docs/command-line.md."""
     from typer.main import get_command
 
     from unvanish.cli import app
@@ -115,6 +115,9 @@ def test_commands_that_are_shown_exist() -> None:
         for block in blocks(page):
             for command in re.findall(r"^\$ unvanish (\w+)", block.text, re.MULTILINE):
                 assert command in known, f"{page.name}, line {block.line}: {command}"
+    rows = " ".join(row[0] for row in table_rows(ROOT / "docs/command-line.md"))
+    for command in known:
+        assert f"`unvanish {command}" in rows, command
 
 
 def modules_with_examples() -> Iterator[str]:
