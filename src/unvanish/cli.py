@@ -43,9 +43,7 @@ class FailOn(StrEnum):
     never = "never"
 
 
-Json = Annotated[
-    str, typer.Option("--json", metavar="FILE", help="Write the findings as JSON; - is standard output.")
-]
+Json = Annotated[str, typer.Option("--json", metavar="FILE", help="Write the findings as JSON; - is standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the verdict only.")]
 NoColor = Annotated[bool, typer.Option("--no-color", help="No colours; NO_COLOR is honoured as well.")]
 Fail = Annotated[

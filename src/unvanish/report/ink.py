@@ -26,7 +26,6 @@ _PLAIN = str.maketrans(
         "▲": "!",
         "●": "i",
         "✔": "+",
-        "?": "?",
         "·": "|",
         "–": "-",
         "—": "-",
@@ -143,12 +142,20 @@ def plain(text: object) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """Cut the middle out of a name that is too long: both ends tell layers apart.
+    """Fit a dotted name: abbreviate its parts from the left, then cut the middle out.
 
     Example:
-        >>> shorten("encoder.layers.11.attention.out", 15)
-        'encoder…ion.out'
+        >>> shorten("encoder.layers.11.attention.out", 24)
+        'e.l.11.attention.out'
+        >>> shorten("AVeryLongClassName", 9)
+        'AVer…Name'
     """
+    parts = text.split(".")
+    for place, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) <= width:
+            break
+        parts[place] = part if part.isdigit() else part[:1]
+    text = ".".join(parts)
     if len(text) <= width:
         return text
     left = (width - 1) // 2
@@ -160,7 +167,7 @@ def number(value: float | None) -> str:
 
     Example:
         >>> number(0.00012), number(12.5), number(None), number(float("inf")), number(3e-11)
-        ('1.2e-4', '12.5', '–', 'inf', '3e-11')
+        ('1.2e-4', '12.5', '–', 'inf', '3.0e-11')
     """
     if value is None or math.isnan(value):
         return "–"
@@ -172,4 +179,4 @@ def number(value: float | None) -> str:
         text = f"{value:.3g}"
         return f"{value:.0f}" if "e" in text else text
     mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    return f"{mantissa}e{int(exponent)}"

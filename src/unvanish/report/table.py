@@ -41,15 +41,9 @@ def layer_table(findings: Findings, ink: Ink) -> Iterator[Text]:
     columns = _Columns(rows, ink)
     yield columns.heading()
     shown = fold([str(row["name"]) in marks for row in rows])
-    previous = -1
     for index in shown:
-        if index - previous > 1:
-            yield _gap(index - previous - 1)
         yield columns.line(rows[index], marks.get(str(rows[index]["name"]), ""))
-        previous = index
-    if len(rows) - previous > 1:
-        yield _gap(len(rows) - previous - 1)
-    yield columns.legend()
+    yield _legend(len(rows), len(shown))
 
 
 def fold(is_marked: Sequence[bool], limit: int = MAX_ROWS) -> list[int]:
@@ -77,9 +71,12 @@ def _spread(items: Sequence[int], count: int) -> list[int]:
     return [items[int((k + 0.5) * len(items) / count)] for k in range(count)]
 
 
-def _gap(count: int) -> Text:
-    layers = "layer" if count == 1 else "layers"
-    return Text(f"  … {count} more {layers}", style="dim")
+def _legend(count: int, shown: int) -> Text:
+    words = "Bars are logarithmic. gradient: full = the largest, empty = a millionth of it. "
+    words += "update/weight: half = 1e-3 a step, the usual size."
+    if shown < count:
+        words = f"{shown} of {count} layers are shown; all are in the JSON document. {words}"
+    return Text(words, style="dim")
 
 
 def value(row: LayerRow, key: str) -> float:
@@ -97,7 +94,7 @@ class _Columns:
         self.largest = max(finite, default=math.nan)
         self.has_shares = any(_share(row)[0] >= 0.005 for row in rows)
         longest = max(len(plain(row["name"])) for row in rows)
-        self.kind = min(max(max(len(plain(row["kind"])) for row in rows), 4), 9)
+        self.kind = min(max(max(len(plain(row["kind"])) for row in rows), 4), 11)
         fixed = 2 + 1 + self.kind + 2 * (2 + 1 + _NUMBER)
         fixed += (2 + _SHARE_BAR + 1 + _SHARE_WORDS) if self.has_shares else 0
         free = ink.width - fixed
@@ -120,7 +117,7 @@ class _Columns:
         text = Text(no_wrap=True, overflow="crop")
         text.append(f"{SIGNS.get(severity, ' ')} ", style)
         text.append(f"{shorten(plain(row['name']), self.name):{self.name}} ", style)
-        text.append(f"{shorten(plain(row['kind']), self.kind):{self.kind}}  ", "dim")
+        text.append(f"{plain(row['kind'])[: self.kind]:{self.kind}}  ", "dim")
         self._gradient(text, row, style)
         self._update(text, row, style, is_trained=bool(is_trained))
         if self.has_shares:
@@ -156,11 +153,6 @@ class _Columns:
         if share >= 0.005:
             text.append("  " + self.ink.bar(share, _SHARE_BAR), style or "magenta")
             text.append(f" {share * 100:>3.0f}% {word}")
-
-    def legend(self) -> Text:
-        words = "bars: logarithmic; gradient: full = the largest, empty = a millionth of it; "
-        words += "update/weight: half = 1e-3 a step, the usual size"
-        return Text(words, style="dim")
 
 
 def _share(row: LayerRow) -> tuple[float, str]:

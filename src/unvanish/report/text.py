@@ -47,9 +47,7 @@ def _parts(findings: Findings, ink: Ink, recording: Recording | None) -> Iterato
     if notes:
         yield ""
     for note in notes:
-        yield Padding(
-            Text(plain(note), style="yellow" if note in _failures(findings.run) else ""), (0, 0, 0, 2)
-        )
+        yield Padding(Text(plain(note), style="yellow" if note in _failures(findings.run) else ""), (0, 0, 0, 2))
     yield ""
     yield _verdict(findings)
 
@@ -156,9 +154,7 @@ def _failures(run: Mapping[str, Any]) -> list[str]:
     """Say what of our own went wrong: the report is then about a part of the run only."""
     found = []
     if run.get("failure"):
-        found.append(
-            f"The watch failed and switched itself off; the training went on unwatched: {run['failure']}"
-        )
+        found.append(f"The watch failed and switched itself off; the training went on unwatched: {run['failure']}")
     if run.get("record_failure"):
         found.append(f"The record could not be written, watching went on in memory: {run['record_failure']}")
     return found
