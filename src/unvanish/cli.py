@@ -17,7 +17,7 @@ from typer.main import get_command
 from .diagnose import diagnose
 from .errors import OptionError, TargetError, UnvanishError
 from .launch import check_target
-from .records import Findings, Recording
+from .records import SEVERITIES, Findings, Recording
 from .report import Ink, report_text, verdict_line
 from .trace import read_recording
 from .version import VERSION
@@ -185,7 +185,7 @@ def _flush() -> None:
 def _exit_code(findings: Findings, fail_on: FailOn) -> int:
     if fail_on is FailOn.never:
         return 0
-    if findings.at_least(fail_on.value):
+    if any(findings.at_least(severity) for severity in SEVERITIES if severity == fail_on.value):
         return _FINDINGS
     return INCONCLUSIVE if findings.verdict == "inconclusive" else 0
 

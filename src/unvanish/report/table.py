@@ -85,6 +85,19 @@ def value(row: LayerRow, key: str) -> float:
     return math.nan if found is None else float(found)
 
 
+def gradient_share(grad: float, largest: float) -> float:
+    """Return how much of its bar a gradient fills, on a logarithmic scale below the largest.
+
+    Example:
+        >>> gradient_share(1e-3, 1.0), gradient_share(1.0, 1.0)
+        (0.5, 1.0)
+    """
+    if not (grad > 0 and largest > 0):
+        return math.nan
+    share = 1 + math.log10(min(grad, largest) / largest) / GRADIENT_DECADES
+    return max(share, 1e-9)
+
+
 class _Columns:
     """The widths that fit these layers into this stream."""
 
@@ -126,11 +139,7 @@ class _Columns:
 
     def _gradient(self, text: Text, row: LayerRow, style: str) -> None:
         grad = value(row, "grad_rms")
-        share = math.nan
-        if grad > 0 and self.largest > 0:
-            share = 1 + math.log10(min(grad, self.largest) / self.largest) / GRADIENT_DECADES
-            share = max(share, 1e-9)
-        text.append(self.ink.bar(share, self.grad), style or "blue")
+        text.append(self.ink.bar(gradient_share(grad, self.largest), self.grad), style or "blue")
         text.append(f" {number(grad):>{_NUMBER}}  ")
 
     def _update(self, text: Text, row: LayerRow, style: str, *, is_trained: bool) -> None:

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from ..records import SEVERITIES, Finding, Findings, Recording
+from ..records import SEVERITIES, Finding, Findings, Recording, Trace
 from .ink import Ink, number, plain
 from .remedies import in_words
 from .table import SIGNS, STYLES, layer_table
@@ -58,12 +58,12 @@ def _header(findings: Findings, ink: Ink, recording: Recording | None) -> Iterat
     yield Text("─" * ink.width, style="dim")
     facts = []
     if recording is not None:
-        facts += [_optimizer(trace.name, trace.facts) for trace in recording.traces[:3]]
+        facts += [optimizer_name(trace) for trace in recording.traces[:3]]
         if len(recording.traces) > 3:
             facts[-1] += f" and {len(recording.traces) - 3} more"
     seconds = run.get("seconds")
     steps = f"{run.get('steps', 0):,} steps".replace(",", " ")
-    facts.append(steps if seconds is None else f"{steps} in {_duration(float(seconds))}")
+    facts.append(steps if seconds is None else f"{steps} in {duration(float(seconds))}")
     if recording is not None:
         facts += [course for trace in recording.traces[:1] if (course := loss_course(trace.losses))]
     share = run.get("watch_share")
@@ -72,9 +72,10 @@ def _header(findings: Findings, ink: Ink, recording: Recording | None) -> Iterat
     yield Text(" · ".join(plain(fact) for fact in facts), style="dim")
 
 
-def _optimizer(name: str, facts: Mapping[str, Any]) -> str:
-    lr = facts.get("lr")
-    return name if lr is None else f"{name} lr {number(float(lr))}"
+def optimizer_name(trace: Trace) -> str:
+    """Return what stepped, and its learning rate."""
+    lr = trace.facts.get("lr")
+    return trace.name if lr is None else f"{trace.name} lr {number(float(lr))}"
 
 
 def loss_course(losses: Any) -> str:
@@ -182,11 +183,11 @@ def _reason(findings: Findings) -> str:
     return f"{steps} steps are too few to judge" if steps < 50 else "there is too little to judge by"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Write a time span.
 
     Example:
-        >>> _duration(4.21), _duration(75), _duration(7325)
+        >>> duration(4.21), duration(75), duration(7325)
         ('4.2 s', '1 min 15 s', '2 h 2 min')
     """
     if seconds < 60:
