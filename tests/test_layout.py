@@ -16,7 +16,7 @@ ORDER = (
     ("version", "errors"),
     ("records",),
     ("layers", "measures", "graph", "held_out"),
-    ("roster", "staging"),
+    ("roster", "staging", "untouched"),
     ("assemble", "capture"),
     ("trace",),
     ("watch",),
@@ -30,6 +30,8 @@ ORDER = (
     ("cure",),
     ("processes",),
     ("check", "session"),
+    ("output", "factory"),
+    ("demo",),
     ("cli",),
     ("__main__",),
 )

@@ -74,11 +74,16 @@ class _Attendance:
         """Finish the record and return it."""
         watch = self.watch
         if watch is None:
-            return Recording({**self.facts, "steps": 0, "failure": self.failure}, ())
+            nothing = dict.fromkeys(("torch", "device", "seed", "watch_share"))
+            seconds = round(time.time() - self.facts["started"], 3)
+            failure = {"failure": self.failure} if self.failure else {}
+            facts = {**nothing, **self.facts, "id": "", "seconds": seconds, "steps": 0}
+            return Recording({**facts, "status": outcome.status, "error": outcome.message, **failure}, ())
         watch.recorder.run.update(status=outcome.status, error=outcome.message)
         watch.close()
         recording = watch.recording()
-        return Recording({**recording.run, "record_failure": watch.recorder.failure}, recording.traces)
+        failure = {"record_failure": watch.recorder.failure} if watch.recorder.failure else {}
+        return Recording({**recording.run, **failure}, recording.traces)
 
 
 def attend(

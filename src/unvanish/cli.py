@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from enum import StrEnum
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from typer.main import get_command
@@ -17,13 +16,11 @@ from typer.main import get_command
 from .diagnose import diagnose
 from .errors import OptionError, TargetError, UnvanishError
 from .launch import check_target
-from .records import SEVERITIES, Findings, Recording
-from .report import Ink, report_text, verdict_line
+from .output import TARGET, USAGE, FailOn, Output, exit_code, flush, nearby
+from .records import Findings
+from .report import RunView, compare_document, compare_text
 from .trace import read_recording
 from .version import VERSION
-
-USAGE, TARGET, INCONCLUSIVE = 2, 3, 4
-_FINDINGS = 1
 
 app = typer.Typer(
     add_completion=False,
@@ -33,22 +30,11 @@ app = typer.Typer(
     "loaded or raised, 4 inconclusive, 130/143 interrupted or terminated.",
 )
 
-
-class FailOn(StrEnum):
-    """From which severity on findings make the exit code 1."""
-
-    critical = "critical"
-    warning = "warning"
-    info = "info"
-    never = "never"
-
-
-Json = Annotated[str, typer.Option("--json", metavar="FILE", help="Write the findings as JSON; - is standard output.")]
+Json = Annotated[str, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the verdict only.")]
 NoColor = Annotated[bool, typer.Option("--no-color", help="No colours; NO_COLOR is honoured as well.")]
 Fail = Annotated[
-    FailOn,
-    typer.Option("--fail-on", help="Exit with 1 from this severity on; never: also 0 if inconclusive."),
+    FailOn, typer.Option("--fail-on", help="Exit with 1 from this severity on; never: also 0 if inconclusive.")
 ]
 
 
@@ -60,7 +46,9 @@ def _version(is_asked: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Take the options that stand before a command."""
 
@@ -71,7 +59,7 @@ def _options(
 )
 def run(
     target: Annotated[str, typer.Argument(metavar="SCRIPT", help="A script, or with -m a module.")],
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="[ARGS]...")] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="The script's arguments.")] = None,
     is_module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module, as with python -m.")] = False,
     every: Annotated[int, typer.Option(min=1, help="Sample each so many steps.")] = 10,
     json: Json = "",
@@ -85,26 +73,60 @@ def run(
     from .attend import attend, without_training
 
     check_target(target, is_module=is_module)
-    json_file = Path(json).absolute() if json not in ("", "-") else None
-    is_leader = os.environ.get("RANK", "0") == "0"  # of several processes one keeps the record
-    with _script_output_aside(json == "-") as result:
-        attended = attend(
-            target,
-            arguments or [],
-            is_module=is_module,
-            every=every,
-            parent=None if no_record or not is_leader else folder,
-        )
-        _flush()
-        if not is_leader:
-            raise typer.Exit(attended.outcome.status)
-        recording = attended.recording
-        findings = without_training(diagnose(recording), recording, is_torch_seen=attended.is_torch_seen)
-        out = _Output(result, json if json_file is None else str(json_file), quiet=quiet, no_color=no_color)
-        out.show(findings, recording)
-        if attended.folder is not None:
-            out.say(f"record: {_nearby(attended.folder)}")
-    raise typer.Exit(attended.outcome.status or _exit_code(findings, fail_on))
+    output = Output(json, quiet=quiet, no_color=no_color)
+    is_leader = os.environ.get("RANK", "0") == "0"  # of several processes one keeps the record and reports
+    parent = None if no_record or not is_leader else folder
+    with output.of_script():
+        attended = attend(target, arguments or [], is_module=is_module, every=every, parent=parent)
+    flush()
+    status = attended.outcome.status
+    if not is_leader:
+        raise typer.Exit(status)
+    recording = attended.recording
+    findings = without_training(diagnose(recording), recording, is_torch_seen=attended.is_torch_seen)
+    output.show(findings, recording)
+    if attended.folder is not None:
+        output.say(f"record: {nearby(attended.folder)}")
+    raise typer.Exit(status or exit_code(findings, fail_on))
+
+
+@app.command()
+def check(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="FILE.py:FACTORY or PKG.MOD:FACTORY.")],
+    json: Json = "",
+    fail_on: Fail = FailOn.critical,
+    quiet: Quiet = False,
+    no_color: NoColor = False,
+) -> None:
+    """Look at a model before it trains: one forward and one backward pass on one batch.
+
+    The factory takes no arguments and returns a model, (model, loss_fn, batch), or
+    (model, loss_fn, batch, optimizer).
+    """
+    output = Output(json, quiet=quiet, no_color=no_color)
+    with output.of_script():
+        findings = _checked(target)
+    output.show(findings)
+    raise typer.Exit(exit_code(findings, fail_on))
+
+
+def _checked(target: str) -> Findings:
+    """Build and check a model; what the user's code raises is shown whole."""
+    from .factory import build, load_factory
+
+    try:
+        factory = load_factory(target)
+        from .check import check
+
+        found = check(*build(factory))
+    except OptionError as error:
+        raise TargetError(f"check: target {target!r}: {error}") from error
+    except (UnvanishError, KeyboardInterrupt):
+        raise
+    except BaseException:  # a SystemExit, too: then there is no model to look at
+        traceback.print_exc()
+        raise typer.Exit(TARGET) from None
+    return Findings({**found.run, "script": target}, found.findings, found.layers, found.verdict, found.notes)
 
 
 @app.command()
@@ -116,85 +138,47 @@ def report(
     no_color: NoColor = False,
 ) -> None:
     """Say what is wrong with a recorded run; also while it goes on."""
+    from .attend import without_training
+
     recording = read_recording(record)
-    findings = diagnose(recording)
-    _Output(sys.stdout, json, quiet=quiet, no_color=no_color).show(findings, recording)
-    raise typer.Exit(_exit_code(findings, fail_on))
+    findings = without_training(diagnose(recording), recording, is_torch_seen=True)
+    Output(json, quiet=quiet, no_color=no_color).show(findings, recording)
+    raise typer.Exit(exit_code(findings, fail_on))
 
 
-class _Output:
-    """Where the result goes, and in which form."""
-
-    def __init__(self, stream: IO[str], json: str, *, quiet: bool, no_color: bool) -> None:
-        self.stream, self.json, self.quiet, self.no_color = stream, json, quiet, no_color
-
-    def show(self, findings: Findings, recording: Recording | None) -> None:
-        """Write the JSON document, the report, or both."""
-        if self.json == "-":
-            self.write(findings.to_json() + "\n")
-            return
-        if self.json:
-            _write_file(Path(self.json), findings.to_json() + "\n")
-        ink = Ink.of(self.stream, is_colour_wanted=not self.no_color)
-        self.write(verdict_line(findings, ink) if self.quiet else report_text(findings, ink, recording))
-
-    def write(self, text: str) -> None:
-        self.stream.write(text)
-        self.stream.flush()
-
-    def say(self, text: str) -> None:
-        """Tell something that is not the result."""
-        if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
-
-
-def _write_file(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
+@app.command()
+def compare(
+    records: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="The folders of two or more runs.")],
+    json: Json = "",
+    no_color: NoColor = False,
+) -> None:
+    """Put recorded runs side by side: verdicts, losses, and the layers of equal name."""
+    if len(records) < 2:
         raise OptionError(
-            f"--json: {str(path)!r}: found {error.strerror}, expected a file that can be written."
-        ) from error
+            f"compare: found one run, {str(records[0])!r}, expected two or more. "
+            f"For one run write: unvanish report {records[0]}"
+        )
+    recordings = [read_recording(record) for record in records]
+    runs = [
+        RunView(record.resolve().name, recording, diagnose(recording))
+        for record, recording in zip(records, recordings, strict=True)
+    ]
+    output = Output(json, no_color=no_color)
+    output.write(compare_text(runs, output.ink()), compare_document(runs))
 
 
-@contextlib.contextmanager
-def _script_output_aside(is_wanted: bool) -> Iterator[IO[str]]:
-    """Send what the script writes to standard output to standard error, and hand out the real one."""
-    if not is_wanted:
-        yield sys.stdout
-        return
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with open(os.dup(kept), "w", encoding="utf-8") as result:
-            yield result
-    finally:
-        _flush()
-        os.dup2(kept, 1)
-        os.close(kept)
+@app.command()
+def demo(
+    folder: Annotated[
+        Path | None, typer.Option(help="Keep the records in new folders of this one; default: keep none.")
+    ] = None,
+    quiet: Quiet = False,
+    no_color: NoColor = False,
+) -> None:
+    """Watch a network that does not learn, remedy it, and watch it again."""
+    from .demo import demonstrate
 
-
-def _flush() -> None:
-    """Bring what the script wrote before what we write."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.flush()
-
-
-def _exit_code(findings: Findings, fail_on: FailOn) -> int:
-    if fail_on is FailOn.never:
-        return 0
-    if any(findings.at_least(severity) for severity in SEVERITIES if severity == fail_on.value):
-        return _FINDINGS
-    return INCONCLUSIVE if findings.verdict == "inconclusive" else 0
-
-
-def _nearby(path: Path) -> str:
-    """Return a path as short as it can be written from here."""
-    with contextlib.suppress(ValueError, OSError):
-        return str(path.relative_to(Path.cwd()))
-    return str(path)
+    demonstrate(Output(quiet=quiet, no_color=no_color), folder)
 
 
 def _log_to_stderr() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import RenderableType
@@ -28,6 +28,7 @@ class RunView(NamedTuple):
     name: str
     recording: Recording
     findings: Findings
+    extra: Mapping[str, str] = {}  # further rows of the summary
 
 
 def compare_text(runs: Sequence[RunView], ink: Ink) -> str:
@@ -68,6 +69,8 @@ def _summary(runs: Sequence[RunView], ink: Ink) -> Iterator[Text]:
         ("optimizer", [(_optimizers(run), "") for run in runs]),
         ("steps", [(_steps(run.findings), "") for run in runs]),
     ]
+    for label in dict.fromkeys(label for run in runs for label in run.extra):
+        rows.append((plain(label), [(plain(run.extra.get(label, "–")), "bold") for run in runs]))
     most = max(len(run.findings) for run in runs)
     for place in range(most):
         cells = [_illness(run.findings, place) for run in runs]

@@ -43,7 +43,7 @@ def layer_table(findings: Findings, ink: Ink) -> Iterator[Text]:
     shown = fold([str(row["name"]) in marks for row in rows])
     for index in shown:
         yield columns.line(rows[index], marks.get(str(rows[index]["name"]), ""))
-    yield _legend(len(rows), len(shown))
+    yield _legend(len(rows), len(shown), has_updates=columns.has_updates)
 
 
 def fold(is_marked: Sequence[bool], limit: int = MAX_ROWS) -> list[int]:
@@ -71,9 +71,10 @@ def _spread(items: Sequence[int], count: int) -> list[int]:
     return [items[int((k + 0.5) * len(items) / count)] for k in range(count)]
 
 
-def _legend(count: int, shown: int) -> Text:
+def _legend(count: int, shown: int, *, has_updates: bool) -> Text:
     words = "Bars are logarithmic. gradient: full = the largest, empty = a millionth of it. "
-    words += "update/weight: half = 1e-3 a step, the usual size."
+    if has_updates:
+        words += "update/weight: half = 1e-3 a step, the usual size."
     if shown < count:
         words = f"{shown} of {count} layers are shown; all are in the JSON document. {words}"
     return Text(words, style="dim")
@@ -106,20 +107,22 @@ class _Columns:
         finite = [v for v in (value(row, "grad_rms") for row in rows) if math.isfinite(v)]
         self.largest = max(finite, default=math.nan)
         self.has_shares = any(_share(row)[0] >= 0.005 for row in rows)
+        self.has_updates = any(math.isfinite(value(row, "update_ratio")) for row in rows)
         longest = max(len(plain(row["name"])) for row in rows)
         self.kind = min(max(max(len(plain(row["kind"])) for row in rows), 4), 11)
-        fixed = 2 + 1 + self.kind + 2 * (2 + 1 + _NUMBER)
+        fixed = 2 + 1 + self.kind + (1 + self.has_updates) * (2 + 1 + _NUMBER)
         fixed += (2 + _SHARE_BAR + 1 + _SHARE_WORDS) if self.has_shares else 0
         free = ink.width - fixed
         self.name = max(8, min(max(longest, 5), free - 14, 44))
         bars = max(free - self.name, 8)
-        self.grad = min(bars - bars * 2 // 5, 16)
-        self.update = min(bars * 2 // 5, 12)
+        self.update = min(bars * 2 // 5, 12) if self.has_updates else 0
+        self.grad = min(bars - self.update, 16)
 
     def heading(self) -> Text:
         grad, update = self.grad + 1 + _NUMBER, self.update + 1 + _NUMBER
         line = f"  {'layer':{self.name}} {'kind':{self.kind}}  {'gradient':{grad}}"
-        line += f"  {'update/weight':{update}}"
+        if self.has_updates:
+            line += f"  {'update/weight':{update}}"
         if self.has_shares:
             line += "  dead/saturated"
         return Text(line, style="bold")
@@ -132,7 +135,8 @@ class _Columns:
         text.append(f"{shorten(plain(row['name']), self.name):{self.name}} ", style)
         text.append(f"{plain(row['kind'])[: self.kind]:{self.kind}}  ", "dim")
         self._gradient(text, row, style)
-        self._update(text, row, style, is_trained=bool(is_trained))
+        if self.has_updates:
+            self._update(text, row, style, is_trained=bool(is_trained))
         if self.has_shares:
             self._shares(text, row, style)
         return text
@@ -140,7 +144,7 @@ class _Columns:
     def _gradient(self, text: Text, row: LayerRow, style: str) -> None:
         grad = value(row, "grad_rms")
         text.append(self.ink.bar(gradient_share(grad, self.largest), self.grad), style or "blue")
-        text.append(f" {number(grad):>{_NUMBER}}  ")
+        text.append(f" {number(grad):>{_NUMBER}}")
 
     def _update(self, text: Text, row: LayerRow, style: str, *, is_trained: bool) -> None:
         ratio = value(row, "update_ratio")
@@ -148,13 +152,13 @@ class _Columns:
             word = "frozen" if not row.get("is_trainable", True) else "not trained"
             if not row.get("parameters", 1):
                 word = ""
-            text.append(f"{word:>{self.update + 1 + _NUMBER}}", "dim")
+            text.append(f"  {word:>{self.update + 1 + _NUMBER}}", "dim")
             return
         low, high = UPDATE_DECADES
         share = math.nan
         if ratio > 0 and math.isfinite(ratio):
             share = max((math.log10(ratio) - low) / (high - low), 1e-9)
-        text.append(self.ink.bar(share, self.update), style or "blue")
+        text.append("  " + self.ink.bar(share, self.update), style or "blue")
         text.append(f" {number(ratio):>{_NUMBER}}")
 
     def _shares(self, text: Text, row: LayerRow, style: str) -> None:

@@ -42,7 +42,7 @@ def _parts(findings: Findings, ink: Ink, recording: Recording | None) -> Iterato
         yield from layer_table(findings, ink)
     for finding in sorted(findings, key=lambda f: SEVERITIES.index(f.severity)):
         yield ""
-        yield from _finding(finding)
+        yield from _finding(finding, is_check=_is_check(findings))
     notes = [*_failures(findings.run), *findings.notes]
     if notes:
         yield ""
@@ -53,23 +53,29 @@ def _parts(findings: Findings, ink: Ink, recording: Recording | None) -> Iterato
 
 
 def _header(findings: Findings, ink: Ink, recording: Recording | None) -> Iterator[RenderableType]:
-    run = findings.run
-    yield Text.assemble(("unvanish", "bold"), "  ", plain(run.get("script", "a training")))
+    yield Text.assemble(("unvanish", "bold"), "  ", plain(findings.run.get("script", "a training")))
     yield Text("─" * ink.width, style="dim")
-    facts = []
-    if recording is not None:
-        facts += [optimizer_name(trace) for trace in recording.traces[:3]]
-        if len(recording.traces) > 3:
-            facts[-1] += f" and {len(recording.traces) - 3} more"
-    seconds = run.get("seconds")
+    facts = ["before training, one batch"] if _is_check(findings) else _facts(findings.run, recording)
+    yield Text(" · ".join(plain(fact) for fact in facts), style="dim")
+
+
+def _is_check(findings: Findings) -> bool:
+    return bool(findings.run.get("kind") == "check")
+
+
+def _facts(run: Mapping[str, Any], recording: Recording | None) -> list[str]:
+    """Return what stepped, how long, how the loss went, and what watching cost."""
+    traces = () if recording is None else recording.traces
+    facts = [optimizer_name(trace) for trace in traces[:3]]
+    if len(traces) > 3:
+        facts[-1] += f" and {len(traces) - 3} more"
+    seconds, share = run.get("seconds"), run.get("watch_share")
     steps = f"{run.get('steps', 0):,} steps".replace(",", " ")
     facts.append(steps if seconds is None else f"{steps} in {duration(float(seconds))}")
-    if recording is not None:
-        facts += [course for trace in recording.traces[:1] if (course := loss_course(trace.losses))]
-    share = run.get("watch_share")
+    facts += [course for trace in traces[:1] if (course := loss_course(trace.losses))]
     if share is not None:
         facts.append(f"watching cost {_percent(float(share))}")
-    yield Text(" · ".join(plain(fact) for fact in facts), style="dim")
+    return facts
 
 
 def optimizer_name(trace: Trace) -> str:
@@ -103,17 +109,20 @@ def _median(values: list[float]) -> float:
     return finite[len(finite) // 2] if finite else math.nan
 
 
-def _finding(finding: Finding) -> Iterator[RenderableType]:
+def _finding(finding: Finding, *, is_check: bool) -> Iterator[RenderableType]:
     style = STYLES[finding.severity]
     head = Text.assemble((f"{SIGNS[finding.severity]} {plain(finding.illness)}", style))
     where = _where(finding)
-    parts = [finding.severity, *([where] if where else []), f"since step {finding.step}"]
+    parts = [finding.severity, *([where] if where else [])]
+    if not is_check:
+        parts.append(f"since step {finding.step}")
     if finding.share_of_run < 0.995:
         parts.append(f"{_percent(finding.share_of_run)} of the run")
-    head.append("  " + " · ".join(parts), "dim" if not finding.severity else "")
+    head.append("  " + " · ".join(parts))
     yield head
     yield _paragraph(plain(finding.why))
-    evidence = list(finding.evidence.items())
+    # a dotted name belongs to an illness that follows; the JSON document has these too
+    evidence = [(name, found) for name, found in finding.evidence.items() if "." not in name]
     if evidence:
         numbers = [f"{plain(name)} {number(_float(found))}" for name, found in evidence[:_MAX_NUMBERS]]
         yield _labelled("numbers", ", ".join(numbers) + (", …" if len(evidence) > _MAX_NUMBERS else ""))
@@ -165,7 +174,8 @@ def _verdict(findings: Findings) -> Text:
     if findings.verdict == "inconclusive" and not findings.at_least("warning"):
         return Text(f"? inconclusive: {_reason(findings)}", style="bold yellow")
     if not findings.findings:
-        return Text("✔ clean: nothing is wrong with this run", style="bold green")
+        what = "model before its first step" if _is_check(findings) else "run"
+        return Text(f"✔ clean: nothing is wrong with this {what}", style="bold green")
     worst = min(findings, key=lambda f: SEVERITIES.index(f.severity))
     counts = [(sum(f.severity == s for f in findings), s) for s in SEVERITIES]
     named = ", ".join(f"{n} {s}{'s' if s == 'warning' and n > 1 else ''}" for n, s in counts if n)
