@@ -220,15 +220,15 @@ def test_a_watch_is_entered_once() -> None:
 
 
 BROKEN = {
-    "the clock before a step": ("watch", "_before_step"),
+    "the clock before a step": ("watch", "_prepare_step"),
     "the clock after a step": ("watch", "_after_step"),
     "before backward": ("watch", "_before_backward"),
     "after backward": ("watch", "_after_backward"),
     "noting a skipped step": ("watch", "_note_skipped"),
     "flushing": ("watch", "_flush"),
     "describing": ("watch", "_describe"),
-    "before a call": ("capture", "_before_call"),
-    "after a call": ("capture", "_after_call"),
+    "before a call": ("capture", "_enter_model"),
+    "after a call": ("capture", "_read_call"),
     "reading the graph": ("capture", "read_graph"),
     "reading gradients": ("capture", "read_gradients"),
     "following a gradient": ("capture", "_note_delta"),

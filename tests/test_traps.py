@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -19,6 +20,12 @@ from unvanish.records import Trace
 from unvanish.watch import Watch
 
 from .nets import Checkpointed, Critic, Generator, chain, descend, watching
+
+
+@pytest.fixture(autouse=True)
+def every_sample_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at the forward pass in every sample: what is looked at less often is tested by itself."""
+    monkeypatch.setattr(sys.modules["unvanish.watch"], "FULL_SAMPLES", 1)
 
 
 @pytest.fixture(autouse=True)

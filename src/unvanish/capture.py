@@ -10,6 +10,7 @@ import functools
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from .roster import Member, Roster
 from .staging import Slot, Stage
 
 MAX_PLANS = 32
+LEARNING = 8  # samples after a new model or kind of graph: several losses may come in turn
 MAX_OUTPUT = 1 << 20  # entries of a model's output that is kept until the loss is known
 SPECIAL = -1  # the "layer" of the rows of prediction and target
 
@@ -42,10 +44,12 @@ class Capture:
         self.loss_kind = ""
         self.compiled = False
         self.held_out = HeldOut(guard)
-        self._hooks = (guard(self._before_call), guard(self._after_call))
+        self._before_model, self._after_layer = guard(self._enter_model), guard(self._read_call)
         self._at_output = guard(self._note_delta)
         self._handles: list[Any] = []
-        self._stack: list[nn.Module] = []
+        self._inside: nn.Module | None = None  # the model that is being called
+        self._quiet: WeakSet[nn.Module] = WeakSet()  # modules of known models that are no layers
+        self._learning = LEARNING  # samples for which the names of all modules are wanted
         self._outputs: dict[int, str] = {}  # by the key of the node: a node would keep its graph alive
         self._root_outputs: deque[tuple[int, Tensor]] = deque(maxlen=8)
         self._deltas: dict[int, Tensor] = {}
@@ -60,10 +64,10 @@ class Capture:
         """Begin to sample: from now on forward calls leave blocks behind."""
         if self._handles or self.compiled:
             return
-        self._stack.clear()
+        self._inside = None
         self._handles = [
-            register_module_forward_pre_hook(self._hooks[0]),
-            register_module_forward_hook(self._hooks[1], with_kwargs=True, always_call=True),
+            register_module_forward_pre_hook(self._before_call),
+            register_module_forward_hook(self._after_call, with_kwargs=True, always_call=True),
         ]
 
     def disarm(self) -> None:
@@ -74,10 +78,14 @@ class Capture:
 
     def forget(self) -> None:
         """Forget the graph nodes and tensors of the step, so that their memory can go."""
-        self._stack.clear()
+        self._inside = None
         self._outputs.clear()
         self._root_outputs.clear()
         self._deltas.clear()
+
+    def sample_ends(self) -> None:
+        """Count the samples for which all modules are named."""
+        self._learning = max(self._learning - 1, 0)
 
     def forget_gradients(self) -> None:
         """Forget the backward norms, which belong to the step that has just ended."""
@@ -90,21 +98,27 @@ class Capture:
             self.stage.slots[self.stage.filled] = Slot()
 
     def _before_call(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or self._inside is not None:
+            return  # the quick way for all that runs inside of a model
+        self._before_model(module)
+
+    def _enter_model(self, module: nn.Module) -> None:
         if _is_transformed():
             return
-        if not self._stack and _is_compiled(module):
+        if _is_compiled(module):
             self.before_compiled(module)
             return
-        if not self._stack and not self.roster.knows(module):
+        if not self.roster.knows(module):
             self._enter(module)
-        self._stack.append(module)
+        if self.roster.knows(module):
+            self._inside = module
 
     def before_compiled(self, module: nn.Module) -> None:
         """Take the hooks off before a compiled model runs; from now on only its parameters are sampled.
 
         A hook traced into a compiled graph would cost a compilation each time it comes or goes.
         """
-        if not self._stack and not self.compiled:
+        if self._inside is None and not self.compiled:
             self.compiled = True
             _remove(self._handles)
             self._enter(module)
@@ -126,6 +140,8 @@ class Capture:
         if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
             return
         members = self.roster.enter(model)
+        self._learning = LEARNING
+        self._quiet.update(module for module in model.modules() if self.roster.member(module) is None)
         if self.stage is None:
             parameter = next((p for p in model.parameters()), None)
             device = torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device
@@ -162,19 +178,23 @@ class Capture:
         return first if first != member.number and all(stage.rows[r].layer == first for r in rows) else -1
 
     def _after_call(self, module: nn.Module, args: Any, *rest: Any) -> None:
-        kwargs, output = rest if len(rest) == 2 else ({}, None)  # no kwargs from a call that raised
-        if _is_transformed():
+        if torch.compiler.is_compiling() or self._inside is None:
             return
-        while self._stack and self._stack.pop() is not module:
-            pass  # a call that raised left its modules behind
+        if self._learning or module is self._inside or module not in self._quiet:
+            self._after_layer(module, args, *rest)
+
+    def _read_call(self, module: nn.Module, args: Any, *rest: Any) -> None:
+        kwargs, output = rest if len(rest) == 2 else ({}, None)  # no kwargs from a call that raised
+        is_model = module is self._inside
+        owner, self._inside = self._inside, None if is_model else self._inside
         stage = self.stage
-        if output is None or stage is None or _in_backward():
+        if output is None or stage is None or owner is None or _in_backward() or _is_transformed():
             return
         if not torch.is_grad_enabled():
             self._note_call(module, (args, kwargs), output)
             return
         if not self.roster.knows(module):
-            self._adopt(module)
+            self._adopt(module, owner)
         tensor = _first_tensor(output)
         if tensor is None:
             return
@@ -184,15 +204,18 @@ class Capture:
             self._outputs.setdefault(key(tensor.grad_fn), self.roster.names.get(module, ""))
         member = self.roster.member(module)
         if member is not None:
-            if member.position < 0:
-                self.roster.called(member, tensor, _first_tensor((args, kwargs)))
-            row = stage.block_row(member.number, "output")
-            if stage.wants(row):
-                stage.take_block(row, tensor.detach(), member.unit_dim)
-            if tensor.requires_grad and member.number not in self._deltas:
-                tensor.register_hook(functools.partial(self._at_output, member.number))  # type: ignore[no-untyped-call]
-        if not self._stack:
+            self._read_layer(member, tensor, (args, kwargs), stage)
+        if is_model:
             self._leave(module, (args, kwargs), output)
+
+    def _read_layer(self, member: Member, tensor: Tensor, inputs: Any, stage: Stage) -> None:
+        if member.position < 0:
+            self.roster.called(member, tensor, _first_tensor(inputs))
+        row = stage.block_row(member.number, "output")
+        if stage.wants(row):
+            stage.take_block(row, tensor.detach(), member.unit_dim)
+        if tensor.requires_grad and member.number not in self._deltas:
+            tensor.register_hook(functools.partial(self._at_output, member.number))  # type: ignore[no-untyped-call]
 
     def _note_call(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Note the place of a layer in a training pass whose graph is built later (checkpointing)."""
@@ -200,12 +223,11 @@ class Capture:
         if member is not None and member.position < 0 and module.training and tensor is not None:
             self.roster.called(member, tensor, _first_tensor(inputs))
 
-    def _adopt(self, module: nn.Module) -> None:
+    def _adopt(self, module: nn.Module, owner: nn.Module) -> None:
         """Take in a layer that runs inside a model but that no model lists."""
         stage = self.stage
-        if stage is None or not self._stack or not is_layer(module) or not self.roster.knows(self._stack[0]):
-            return
-        self._seat(self.roster.adopt(module, list(self._stack)), stage)
+        if stage is not None and is_layer(module):
+            self._seat(self.roster.adopt(module, list(owner.modules())), stage)
 
     def _note_delta(self, number: int, grad: Tensor) -> None:
         """Note the norm of the gradient at a layer's output as it comes by."""
@@ -237,25 +259,30 @@ class Capture:
         if stage is None or loss.grad_fn is None:
             return
         nodes, signature = walk(loss.grad_fn)
-        called = frozenset(self._outputs.values())  # models of the same shape have the same signature
+        called = frozenset(self.roster.by_name.keys() & self._outputs.values())  # like models have like signatures
         plan = self._plans.get((called, signature))
+        if plan is None and not self._learning:
+            self._learning = LEARNING  # this sample knows the layers only; the next ones name all modules
+            return
         if plan is None:
             plan = plan_graph(nodes, signature, self._outputs, frozenset(self.roster.by_name))
             if len(self._plans) < MAX_PLANS:
                 self._plans[called, signature] = plan
             self._note(plan, stage)
         self.plan = plan
+        blocks = []
         for place, layer, activation in plan.activations:
             member = self.roster.by_name[layer]
             row = stage.block_row(member.number, "activation", (activation.dead_at, activation.low, activation.high))
-            value = saved(nodes[place], activation.saved)
-            if value is not None and stage.wants(row):
-                stage.take_block(row, value, member.unit_dim if value.dim() > 2 else -1)
+            value = saved(nodes[place], activation.saved) if stage.wants(row) else None
+            if value is not None:
+                blocks.append((row, value, member.unit_dim if value.dim() > 2 else -1))
         prediction, target, kind = prediction_and_target(nodes, self._root_outputs)
         self.loss_kind = kind or self.loss_kind
         for what, value in (("prediction", prediction), ("target", target)):
             if value is not None and value.numel() and not value.is_complex():
-                stage.take_block(stage.block_row(SPECIAL, what), value, -1)
+                blocks.append((stage.block_row(SPECIAL, what), value, -1))
+        stage.take_blocks(blocks)
 
     def _note(self, plan: GraphPlan, stage: Stage) -> None:
         """Keep what a new kind of graph says of the layers."""
@@ -277,8 +304,9 @@ class Capture:
         """Say where a loss that is not finite came from."""
         if loss.grad_fn is None:
             return {}
-        nodes, _ = walk(loss.grad_fn)
-        names = {place: self._outputs.get(key(node), "") for place, node in enumerate(nodes)}
+        nodes, signature = walk(loss.grad_fn)
+        known = self.plan.names if self.plan is not None and self.plan.signature == signature else {}
+        names = {place: self._outputs.get(key(node)) or known.get(place, "") for place, node in enumerate(nodes)}
         return first_nonfinite(nodes, {place: name for place, name in names.items() if name})
 
 

@@ -42,6 +42,11 @@ class HeldOut:
         if isinstance(output, Tensor) and output.numel() == 1 and output.is_floating_point():
             self._values.append(output.detach().reshape(()).clone())
 
+    @property
+    def is_waiting(self) -> bool:
+        """Say whether an evaluation ran since the last `take`."""
+        return bool(self._values)
+
     def take(self) -> float | None:
         """Return the mean loss of the evaluation that has just ended, if there was one worth a record.
 

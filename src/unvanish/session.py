@@ -93,7 +93,5 @@ def watch(
                 f"watch(): optimizer: found {type(found).__name__}, expected a torch.optim.Optimizer "
                 "or several. Nothing was attached. Call watch(model, optimizer)."
             )
-    place = (
-        None if folder is None else run_folder(Path(folder), type(models[0]).__name__ if models else "run")
-    )
+    place = None if folder is None else run_folder(Path(folder), type(models[0]).__name__ if models else "run")
     return Run(Watch(models, optimizers, every=every, folder=place), place)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -252,8 +252,20 @@ class Stage:
 
     def take_block(self, row: int, tensor: Tensor, unit_dim: int) -> None:
         """Copy a block of an activation: up to 32 examples by 32 units."""
+        self.take_blocks([(row, tensor, unit_dim)])
+
+    def take_blocks(self, wanted: Iterable[tuple[int, Tensor, int]]) -> None:
+        """Copy the blocks of several activations at once: row, tensor, and the dimension that runs over units."""
+        pairs = [pair for item in wanted if (pair := self._block_pair(*item)) is not None]
+        if len(pairs) == 1:
+            pairs[0][0].copy_(pairs[0][1])
+        elif pairs:
+            torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+
+    def _block_pair(self, row: int, tensor: Tensor, unit_dim: int) -> tuple[Tensor, Tensor] | None:
+        """Return where a block goes and the view that it comes from."""
         if tensor.dim() == 0 or tensor.numel() == 0:
-            return
+            return None
         if tensor.dim() == 1:
             tensor, unit_dim = tensor.unsqueeze(1), 1
         sizes, strides, offset, examples, units = block_layout(
@@ -265,9 +277,9 @@ class Stage:
         if target is None:
             target = self.blocks[self.filled, row, :examples, :units].view(sizes)
             self._block_targets[key] = target
-        target.copy_(source)
         self.slot.counts[row] = (examples, units)
         self.slot.carried.discard(row)
+        return target, source
 
     def wants(self, row: int) -> bool:
         """Say whether this sample still lacks the block of a row: the first call of a step counts."""

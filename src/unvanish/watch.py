@@ -37,6 +37,8 @@ DENSE_STEPS = 10  # the first steps of each optimiser are all sampled
 FLUSH_LOSSES = 256
 SETTLED = 3  # the step after which it shows whether units stay copies of each other
 MAX_PENDING = 4096  # losses that wait for a step
+FULL_SAMPLES = 4  # of so many samples one looks at the forward pass too; the others at gradients and updates
+FULL_STEPS = 40  # samples at least so many steps apart all do
 DORMANT = 50  # steps of others after which an optimiser no longer asks for samples
 log = logging.getLogger("unvanish")
 _OF_PARAMETERS = [
@@ -69,6 +71,7 @@ class Player:
     marked: Callable[[], Tensor | None] = _nothing  # the parameter whose gradient shows if it was cleared
     mark: tuple[Tensor, int] | None = None  # its gradient after the step, and that gradient's version
     loss_kind: str = ""
+    has_found_inf: bool = False  # it takes the loss scale itself, and leaves out bad steps
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -79,6 +82,15 @@ class Player:
         """Say whether the next step is to be sampled."""
         stride = self.stream.sample_stride
         return self.steps % (every * stride) == 0 or (self.steps < DENSE_STEPS and stride == 1)
+
+    def is_fully_due(self, every: int) -> bool:
+        """Say whether the next sample is to look at the forward pass and the backward flow as well."""
+        if not self.is_due(every):
+            return False
+        if self.steps < DENSE_STEPS:
+            return True
+        distance = every * self.stream.sample_stride
+        return (self.steps // distance) % min(FULL_SAMPLES, -(-FULL_STEPS // distance)) == 0
 
 
 @dataclass
@@ -134,6 +146,8 @@ class Watch:
         self._active = False
         self._was_attached = False
         self._sees_compiled = False
+        self._sampling = True
+        self._before_step = self._guard(self._prepare_step)
         self._handles: list[Any] = []
         self._undo: list[Callable[[], None]] = []
         self._scaler: Any = None
@@ -160,7 +174,7 @@ class Watch:
         self.recorder.run.setdefault("torch", torch.__version__)
         self.recorder.run.setdefault("started", time.time())
         self._handles = [
-            register_optimizer_step_pre_hook(self._guard(self._before_step)),
+            register_optimizer_step_pre_hook(self._step_begins),
             register_optimizer_step_post_hook(self._guard(self._after_step)),
         ]
         self._replace(torch.autograd, "backward", self._watched_backward)
@@ -336,29 +350,40 @@ class Watch:
 
     def _before_backward(self, tensors: Any) -> None:
         self._backward_calls += 1
-        self._reads_backward = self._capture.is_armed or self._capture.compiled
+        self._reads_backward = self._sampling
         for player in self._players.values():
             if player.mark is not None:
                 _look_whether_cleared(player)
                 self._reads_backward |= player.mark is not None
-        if not isinstance(tensors, Tensor) and isinstance(tensors, Sequence):  # an iterator would be used up
-            tensors = tensors[0] if tensors else None
-        loss = tensors
-        self._scale = getattr(self._scaler, "_scale", None) if self._scaled else None
-        self._scaled = max(self._scaled - 1, 0)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            return
-        value = self._loss_value(loss)
-        if isinstance(value, complex):
+        if type(tensors) is Tensor and self._scaler is None and tensors.ndim == 0 and tensors.is_cpu:
+            loss, value = tensors, tensors.item()  # the usual case, kept short
+        else:
+            loss, value = self._read_loss(tensors)
+        if value is None or isinstance(value, complex):
             return
         if len(self._pending.values) >= MAX_PENDING:  # no optimiser of torch's steps here
             self._pending.values.clear()
         self._pending.values.append(value)
-        if isinstance(value, float) and not math.isfinite(value) and not self._nonfinite_seen:
+        if isinstance(value, float) and not math.isfinite(value):
+            self._note_nonfinite(loss, value)
+        if self._sampling and (self._capture.is_armed or self._capture.compiled):
+            self._capture.read_graph(loss)
+
+    def _read_loss(self, tensors: Any) -> tuple[Any, Any]:
+        """Return the tensor that is the loss and its value; None for what is no single number."""
+        if not isinstance(tensors, Tensor) and isinstance(tensors, Sequence):  # an iterator would be used up
+            tensors = tensors[0] if tensors else None
+        self._scale = getattr(self._scaler, "_scale", None) if self._scaled else None
+        self._scaled = max(self._scaled - 1, 0)
+        if not isinstance(tensors, Tensor) or tensors.numel() != 1:
+            return tensors, None
+        return tensors, self._loss_value(tensors)
+
+    def _note_nonfinite(self, loss: Tensor, value: float) -> None:
+        """Find out where the first loss that is not finite came from."""
+        if not self._nonfinite_seen:
             self._nonfinite_seen = True
             self._found = {"loss": value, **self._capture.locate_nonfinite(loss)}
-        if self._capture.is_armed or self._capture.compiled:
-            self._capture.read_graph(loss)
 
     def _loss_value(self, loss: Tensor) -> float | Tensor:
         """Return the loss as a number where that is free, else as a copy on its device."""
@@ -372,7 +397,7 @@ class Watch:
 
     def _after_backward(self) -> None:
         capture = self._capture
-        if capture.is_armed or (capture.compiled and self._any_due()):
+        if self._sampling:
             capture.read_gradients()
             if capture.stage is not None:
                 capture.stage.slot.scale = None if self._scale is None else self._scale.clone()
@@ -380,12 +405,16 @@ class Watch:
             if player.mark is not None:
                 player.mark = (player.mark[0], player.mark[0]._version)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._pending.before_step = len(self._pending.values)
-        player = self._player(optimizer)
-        if player is None:
+    def _step_begins(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
             return
-        if self._is_sampling(player) and self._capture.stage is not None:
+        self._pending.before_step = len(self._pending.values)
+        if self._sampling or id(optimizer) not in self._players:  # else nothing is to be done: the quick way
+            self._before_step(optimizer)
+
+    def _prepare_step(self, optimizer: torch.optim.Optimizer) -> None:
+        player = self._player(optimizer)
+        if player is not None and self._is_sampling(player) and self._capture.stage is not None:
             self._capture.stage.take_weights(self._rows_of(player), after=False)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -393,18 +422,32 @@ class Watch:
         if player is None or player.optimizer is not optimizer:
             return
         self._scaled = 0
-        found = getattr(optimizer, "found_inf", None)  # a fused optimiser leaves the step out by itself
-        if found is not None and (found.device.type == "cpu" or self._is_sampling(player)) and bool(found):
+        if player.has_found_inf and self._was_left_out(player, optimizer):
             self._note_skipped(optimizer)
             return
-        self._note_held_out()
-        self._place_event(player)
+        if self._capture.held_out.is_waiting:
+            self._note_held_out()
+        if self._found is not None:
+            self._place_event(player)
         if player.steps and not player.is_cleared and self._backward_calls > player.backward_calls:
             player.uncleared += 1
         player.backward_calls = self._backward_calls
         self._note_loss(player)
-        if self._is_sampling(player):
+        if self._sampling and self._is_sampling(player):
             self._close_sample(player)
+        self._count(player)
+        _mark(player, optimizer)
+        if self._sampling or len(self._players) > 1 or player.is_due(self.every):
+            self._plan_next()
+        if len(self._pending.stepped) >= FLUSH_LOSSES:
+            self._flush()
+
+    def _was_left_out(self, player: Player, optimizer: Any) -> bool:
+        """Say whether a fused optimiser under mixed precision left its step out by itself."""
+        found = getattr(optimizer, "found_inf", None)
+        return found is not None and (found.device.type == "cpu" or self._is_sampling(player)) and bool(found)
+
+    def _count(self, player: Player) -> None:
         if self._last_player is not None and self._last_player is not player:
             player.takeovers += 1
         self._last_player = player
@@ -412,13 +455,15 @@ class Watch:
         player.stream.total_steps = player.steps
         self._all_steps += 1
         player.last_seen = self._all_steps
-        _mark(player, optimizer)
-        if self._any_due():
+
+    def _plan_next(self) -> None:
+        """Decide what is looked at until the next step."""
+        due = self._due()
+        self._sampling = bool(due) or not self._players
+        if any(player.is_fully_due(self.every) for player in due):
             self._capture.arm()
         elif self._capture.is_armed:
             self._capture.disarm()
-        if len(self._pending.stepped) >= FLUSH_LOSSES:
-            self._flush()
 
     def _note_skipped(self, optimizer: Any) -> None:
         """Count a step that mixed precision left out because a gradient was not finite."""
@@ -454,6 +499,7 @@ class Watch:
         self._kinds[kind] += 1
         stream = self.recorder.stream(kind + (f"-{number + 1}" if number else ""))
         player = Player(weakref.ref(optimizer), stream, owned, len(optimizer.param_groups))
+        player.has_found_inf = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         self._players[id(optimizer)] = player
         return player
 
@@ -465,18 +511,19 @@ class Watch:
                 player.stream.is_done = True
                 del self._players[key]
 
-    def _any_due(self) -> bool:
-        if not self._players:
-            return True
-        for player in self._players.values():
-            is_alive = self._all_steps - player.last_seen < DORMANT and player.optimizer is not None
-            if is_alive and player.is_due(self.every):
-                return True
-        return False
+    def _due(self) -> list[Player]:
+        """Return the optimisers whose next step is to be sampled, without those that stopped stepping."""
+        return [
+            player
+            for player in self._players.values()
+            if player.is_due(self.every)
+            and self._all_steps - player.last_seen < DORMANT
+            and player.optimizer is not None
+        ]
 
     def _is_sampling(self, player: Player) -> bool:
         capture = self._capture
-        return (capture.is_armed or capture.compiled) and capture.stage is not None and player.is_due(self.every)
+        return self._sampling and capture.stage is not None and player.is_due(self.every)
 
     def _rows_of(self, player: Player) -> list[int]:
         stage = self._capture.stage
@@ -489,11 +536,12 @@ class Watch:
     def _note_loss(self, player: Player) -> None:
         """Give the losses since the last step to this one: their sum, or the first a closure computed."""
         pending = self._pending
-        during = pending.values[pending.before_step :]
-        values = during[:1] if during else pending.values
+        values = pending.values
+        if len(values) > pending.before_step:
+            values = values[pending.before_step : pending.before_step + 1]
         values = values or pending.last
-        pending.stepped.append((player.stream, player.steps, list(values)))
-        pending.last, pending.values = list(values), []
+        pending.stepped.append((player.stream, player.steps, values))
+        pending.last, pending.values = values, []
 
     def _close_sample(self, player: Player) -> None:
         stage, optimizer = self._capture.stage, player.optimizer
@@ -513,15 +561,9 @@ class Watch:
                 player.root = member.root
         if player.steps < DENSE_STEPS or player.roster_version != self.roster.version:
             self._look_up_layers(player, stage)
-        others = [
-            p
-            for p in self._players.values()
-            if p is not player
-            and p.is_due(self.every)
-            and p.optimizer is not None
-            and self._all_steps - p.last_seen < DORMANT
-        ]
+        others = [other for other in self._due() if other is not player]
         counts = self._carried(slot.counts, player) if others or self._all_steps < 4 else {}
+        self._capture.sample_ends()
         if stage.close_slot() or self.roster.has_gone:
             self._flush()
         if self.roster.has_gone:

@@ -1,0 +1,91 @@
+"""Which treatments are worth a trial, for what was found.
+
+An order of trials, not of advice: what a trial does not confirm is not recommended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .records import Findings
+
+Combination = tuple[str, ...]  # treatments that are applied together, in this order
+
+# Strongest evidence first. Sources: the treatments' own (see their docstrings).
+FOR_ILLNESS: Mapping[str, tuple[Combination, ...]] = {
+    "broadcast-loss": (("match-target-shape",),),
+    "missing-zero-grad": (("zero-grad",),),
+    "output-loss-mismatch": (("logits-loss",),),
+    "frozen-parameters": (("add-to-optimizer",), ("unfreeze",)),
+    "batch-norm-small-batch": (("layer-norm",),),
+    "unscaled-inputs": (("standardise-inputs",), ("batch-norm",), ("standardise-inputs", "raise-lr=10")),
+    "unscaled-targets": (("standardise-targets",), ("raise-lr=10",), ("standardise-targets", "he-init")),
+    "poor-initialisation": (("he-init",), ("lsuv-init",), ("batch-norm",), ("he-init", "batch-norm")),
+    "learning-rate-too-high": (
+        ("lower-lr=0.1",),
+        ("lower-lr=0.01",),
+        ("lower-lr=0.03",),
+        ("clip-norm=1",),
+        ("warm-up",),
+    ),
+    "exploding-gradient": (
+        ("orthogonal-init", "clip-norm=1"),
+        ("clip-norm=1",),
+        ("orthogonal-init",),
+        ("lower-lr=0.1",),
+        ("adaptive-clip",),
+        ("he-init", "batch-norm"),
+    ),
+    "weights-collapsing": (("weight-decay=0.0001",),),
+    "weights-exploding": (("lower-lr=0.1",), ("clip-norm=1",), ("lower-lr=0.01",)),
+    "dead-units": (("he-init",), ("leaky-relu",), ("lower-lr=0.1",), ("batch-norm",), ("he-init", "leaky-relu")),
+    "saturated-activations": (("standardise-inputs",), ("xavier-init",), ("batch-norm",), ("lower-lr=0.1",)),
+    "vanishing-gradient": (
+        ("relu", "he-init"),
+        ("batch-norm",),
+        ("leaky-relu", "he-init"),
+        ("orthogonal-init",),
+        ("skip-connections",),
+        ("normalise-layers",),
+    ),
+    "non-finite": (("lower-lr=0.1",), ("clip-norm=1",), ("gelu",), ("adaptive-clip",)),
+    "learning-rate-too-low": (("raise-lr=10",), ("raise-lr=100",), ("raise-lr=hold",)),
+    "constant-output": (("he-init",), ("batch-norm",), ("lower-lr=0.1",)),
+    "oscillating-loss": (("lower-lr=0.1",), ("warm-up",), ("clip-norm=1",)),
+    "slow-convergence": (("raise-lr=10",), ("batch-norm",), ("he-init",)),
+    "stagnation": (("raise-lr=10",), ("batch-norm",), ("he-init",), ("lower-lr=0.1",)),
+    "overfitting": (("weight-decay=0.01",), ("dropout",), ("early-stopping",)),
+    "unlearnable-labels": (("raise-lr=10",), ("lower-lr=0.1",)),
+}
+MAX_CANDIDATES = 8
+
+
+def candidates(findings: Findings, *, most: int = MAX_CANDIDATES) -> tuple[Combination, ...]:
+    """Return what to try: for the first finding first, then for the others and for what follows from them."""
+    illnesses = [finding.illness for finding in findings if finding.severity != "info"]
+    folded = [illness for finding in findings for illness in finding.folded]
+    found: dict[Combination, None] = {}
+    for illness in (*illnesses, *folded):
+        for combination in FOR_ILLNESS.get(illness, ()):
+            found.setdefault(combination)
+    return tuple(found)[:most]
+
+
+def combined(first: Combination, second: Combination) -> Combination:
+    """Return both together; what the second repeats or contradicts is left out.
+
+    Example:
+        >>> combined(("he-init", "lower-lr=0.1"), ("lower-lr=0.01", "clip-norm=1"))
+        ('he-init', 'lower-lr=0.1', 'clip-norm=1')
+    """
+    kinds = {_kind(treatment) for treatment in first}
+    return (*first, *(treatment for treatment in second if _kind(treatment) not in kinds))
+
+
+def _kind(treatment: str) -> str:
+    identifier = treatment.partition("=")[0]
+    if identifier.endswith("-init"):
+        return "init"
+    if identifier in ("lower-lr", "raise-lr"):
+        return "rate"
+    return identifier
