@@ -2,8 +2,9 @@
 
     python bench/cure.py DIR [--seeds 0,1,2] [--keep FOLDER] [--json FILE] [--only ID,ID] [--budget 6]
 
-DIR holds training scripts and a ``labels.json`` (see bench/cases.py). For every harmed run the search is made, the winner
-is applied to the whole script, and the script's own metric is compared with that of the faulty and of the repaired form.
+DIR holds training scripts and a ``labels.json`` (see bench/cases.py). For every harmed run the search is made, the
+winner is applied to the whole script, and the script's own metric is compared with that of the faulty and of the
+repaired form.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import unvanish
 
 FACE = """
     DEFAULT_RULES Finding Findings Layer LayerError OptionError RecordError Recording Run TargetError Trace
-    UnvanishError __version__ check diagnose read_recording watch without
+    TreatmentError UnvanishError __version__ Changes check diagnose read_recording treat watch without
 """.split()
 
 
@@ -31,7 +31,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_functions_win_over_modules_of_their_name() -> None:
     """`unvanish.watch` and `unvanish.check` are functions, whatever module was loaded first."""
-    for name in ("watch", "check"):
+    for name in ("watch", "check", "treat"):
         assert isinstance(getattr(unvanish, name), types.FunctionType)
     code = "import unvanish.watch, unvanish.check, types; assert isinstance(unvanish.watch, types.FunctionType)\n"
     code += "assert isinstance(unvanish.check, types.FunctionType)\n"

@@ -18,6 +18,7 @@ from .errors import LayerError as LayerError
 from .errors import OptionError as OptionError
 from .errors import RecordError as RecordError
 from .errors import TargetError as TargetError
+from .errors import TreatmentError as TreatmentError
 from .errors import UnvanishError as UnvanishError
 from .records import Finding as Finding
 from .records import Findings as Findings
@@ -31,11 +32,14 @@ if TYPE_CHECKING:
     from .check import check as check
     from .session import Run as Run
     from .session import watch as watch
+    from .treat import Changes as Changes
+    from .treat import treat as treat
 
-_NEEDS_TORCH = {"watch": "session", "Run": "session", "check": "check"}
+_NEEDS_TORCH = {"watch": "session", "Run": "session", "check": "check", "treat": "treat", "Changes": "treat"}
 
 __all__ = [
     "DEFAULT_RULES",
+    "Changes",
     "Finding",
     "Findings",
     "Layer",
@@ -46,11 +50,13 @@ __all__ = [
     "Run",
     "TargetError",
     "Trace",
+    "TreatmentError",
     "UnvanishError",
     "__version__",
     "check",
     "diagnose",
     "read_recording",
+    "treat",
     "watch",
     "without",
 ]

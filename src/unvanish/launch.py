@@ -36,12 +36,12 @@ def check_target(target: str, *, is_module: bool) -> None:
         TargetError: if the script or module cannot be found, or is no Python.
     """
     if is_module:
-        if "" not in sys.path:
-            sys.path.insert(0, "")
         try:
-            found = importlib.util.find_spec(target)
+            found = _find_module(target)
         except (ImportError, ValueError) as error:
             raise TargetError(f"run: module {target!r}: found {error}, expected an importable module.") from error
+        except Exception:  # the package fails when it is imported: running it shows the whole traceback
+            return
         if found is None:
             raise TargetError(
                 f"run: module {target!r}: found nothing of that name, expected an importable module. "
@@ -56,6 +56,16 @@ def check_target(target: str, *, is_module: bool) -> None:
         )
     if path.is_dir():
         raise TargetError(f"run: script {target!r}: found a folder, expected a Python script.")
+
+
+def _find_module(target: str) -> Any:
+    """Look for a module where `python -m` would: in the working directory first."""
+    path = list(sys.path)
+    sys.path[0:1] = [os.getcwd()]
+    try:
+        return importlib.util.find_spec(target)
+    finally:
+        sys.path[:] = path
 
 
 def run_target(target: str, arguments: list[str], *, is_module: bool) -> Outcome:
@@ -79,6 +89,7 @@ def _run(target: str, arguments: list[str], *, is_module: bool) -> Outcome:
     try:
         if is_module:
             sys.argv = [target, *arguments]
+            sys.path[0:1] = [os.getcwd()]
             runpy.run_module(target, run_name="__main__", alter_sys=True)
         else:
             _run_file(target, arguments)
@@ -103,14 +114,14 @@ def _end_child(outcome: Outcome) -> NoReturn:
 
 def _run_file(target: str, arguments: list[str]) -> None:
     """Execute a file in a fresh ``__main__``, so that pickling and spawned workers find it."""
-    path = os.path.abspath(target)
+    path = os.path.join(os.getcwd(), target)  # as python writes it: absolute, and not tidied up
     sys.argv = [target, *arguments]
     sys.path[0:1] = [os.path.dirname(os.path.realpath(path))]
     with open(path, "rb") as file:
         source = file.read()
-    code = compile(source, target, "exec", dont_inherit=True)
+    code = compile(source, path, "exec", dont_inherit=True)
     module = types.ModuleType("__main__")
-    module.__file__ = target
+    module.__file__ = path
     module.__builtins__ = builtins  # type: ignore[attr-defined]
     module.__dict__["__annotations__"] = {}
     sys.modules["__main__"] = module

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import RenderableType
 from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
 from ..records import SEVERITIES, Finding, Findings, Recording, Trace
@@ -111,15 +112,13 @@ def _median(values: list[float]) -> float:
 
 def _finding(finding: Finding, *, is_check: bool) -> Iterator[RenderableType]:
     style = STYLES[finding.severity]
-    head = Text.assemble((f"{SIGNS[finding.severity]} {plain(finding.illness)}", style))
-    where = _where(finding)
-    parts = [finding.severity, *([where] if where else [])]
+    parts = [finding.severity, *([where] if (where := _where(finding)) else [])]
     if not is_check:
         parts.append(f"since step {finding.step}")
     if finding.share_of_run < 0.995:
         parts.append(f"{_percent(finding.share_of_run)} of the run")
-    head.append("  " + " · ".join(parts))
-    yield head
+    head = Text.assemble((plain(finding.illness), style), "  ", " · ".join(parts))
+    yield _beside(Text(SIGNS[finding.severity], style), head, 2)
     yield _paragraph(plain(finding.why))
     # a dotted name belongs to an illness that follows; the JSON document has these too
     evidence = [(name, found) for name, found in finding.evidence.items() if "." not in name]
@@ -150,13 +149,15 @@ def _paragraph(text: str) -> RenderableType:
 
 
 def _labelled(label: str, text: str) -> RenderableType:
-    """Put a label into the margin of a paragraph."""
-    from rich.table import Table
+    return _beside(Text(f"  {label}", style="dim"), Text(text), _LABEL + 2)
 
+
+def _beside(mark: Text, text: Text, width: int) -> RenderableType:
+    """Put a mark into the margin of a paragraph."""
     grid = Table.grid(padding=0)
-    grid.add_column(width=_LABEL + 2, no_wrap=True)
+    grid.add_column(width=width, no_wrap=True)
     grid.add_column()
-    grid.add_row(Text(f"  {label}", style="dim"), Text(text))
+    grid.add_row(mark, text)
     return grid
 
 

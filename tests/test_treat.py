@@ -1,0 +1,307 @@
+"""Treatments: what they change, what they keep, and that they leave no trace when they are undone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import unvanish
+from unvanish.treatments import TREATMENTS, parse_treatment
+from unvanish.treatments.initialise import GAINS, initial_fans
+from unvanish.treatments.loop import standardise_inputs, standardise_targets
+
+
+class Functional(nn.Module):
+    """Activations written as calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.tanh(self.b(F.relu(self.a(x)))))
+
+
+class Convolutional(nn.Module):
+    """Convolutions, a batch norm, in-place activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+            nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Recurrent(nn.Module):
+    """A layer with gates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+class Shared(nn.Module):
+    """One weight, used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.gelu(self.second(F.gelu(self.first(x)))))
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "functional": (Functional, (16, 4)),
+    "convolutional": (Convolutional, (16, 3, 8, 8)),
+    "recurrent": (Recurrent, (16, 5, 4)),
+    "shared": (Shared, (16, 4)),
+    "sequential": (lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Sigmoid(), nn.Linear(6, 1)), (16, 4)),
+}
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return all that a treatment could leave changed."""
+    return {
+        "tensors": {name: value.clone() for name, value in model.state_dict().items()},
+        "groups": [
+            {k: v if k != "params" else [id(p) for p in v] for k, v in g.items()} for g in optimizer.param_groups
+        ],
+        "hooks": {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()},
+        "modes": {n: m.training for n, m in model.named_modules()},
+        "grads": {n: p.requires_grad for n, p in model.named_parameters()},
+        "classes": [type(m) for m in model.modules()],
+    }
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Compare bit for bit."""
+    assert before["tensors"].keys() == after["tensors"].keys()
+    for name, value in before["tensors"].items():
+        assert torch.equal(value, after["tensors"][name]), name
+    assert {k: v for k, v in before.items() if k != "tensors"} == {k: v for k, v in after.items() if k != "tensors"}
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("identifier", TREATMENTS)
+def test_undoing_restores_everything(net: str, identifier: str) -> None:
+    """Applied and left, or refused, a treatment leaves weights, groups, hooks, modes and classes as they were."""
+    torch.manual_seed(0)
+    make, shape = NETS[net]
+    model, x = make().eval(), torch.randn(shape)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    before = everything(model, optimizer)
+    reference = model(x)
+    facts = {"target_mean": 3.0, "target_std": 2.0}
+    refused = ""
+    try:
+        with unvanish.treat(model, optimizer, identifier, inputs=(x,), facts=facts) as changes:
+            (change,) = changes
+            output = model(x)
+            assert output.shape[0] == x.shape[0]
+            if change.preserves_function:
+                torch.testing.assert_close(output, reference, rtol=1e-5, atol=1e-5)
+    except unvanish.TreatmentError as error:
+        refused = str(error)
+    assert not refused or "Nothing was changed" in refused
+    assert_same(before, everything(model, optimizer))
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_an_exception_inside_undoes_too(net: str) -> None:
+    """Leaving by an exception restores as leaving does."""
+    make, _ = NETS[net]
+    model = make().eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = everything(model, optimizer)
+    with pytest.raises(KeyError, match="inside"), unvanish.treat(model, optimizer, "he-init", "clip-norm=1"):
+        raise KeyError("inside")
+    assert_same(before, everything(model, optimizer))
+
+
+def test_one_that_cannot_apply_undoes_those_before_it() -> None:
+    """A refusal half-way leaves nothing half-applied."""
+    model = Recurrent()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = everything(model, optimizer)
+    with (
+        pytest.raises(unvanish.TreatmentError, match="batch-norm"),
+        unvanish.treat(model, optimizer, "he-init", "batch-norm"),
+    ):
+        pytest.fail("it was applied")
+    assert_same(before, everything(model, optimizer))
+
+
+def test_kept_changes_stay() -> None:
+    """`keep` makes changes last beyond the ``with``, and `undo` still takes them back."""
+    model = Functional()
+    before = model.a.weight.clone()
+    with unvanish.treat(model, None, "he-init") as changes:
+        changes.keep()
+    assert not torch.equal(before, model.a.weight)
+    changes.undo()
+    assert torch.equal(before, model.a.weight)
+
+
+@pytest.mark.parametrize(
+    "text", ["he-int", "clip-norm=-1", "clip-norm=a", "dropout=1.5", "zero-grad=3", "he-init=cube"]
+)
+def test_wrong_names_and_values_are_refused(text: str) -> None:
+    """A treatment that does not exist, or a value that makes no sense, says so before anything is touched."""
+    with pytest.raises(unvanish.TreatmentError, match="Nothing was changed"):
+        parse_treatment(text)
+
+
+def test_a_wrong_name_suggests_the_right_one() -> None:
+    """A near miss is named."""
+    with pytest.raises(unvanish.TreatmentError, match="Did you mean 'he-init'"):
+        parse_treatment("he-int")
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "silu", "elu", "mish"])
+def test_gains_keep_the_second_moment(name: str) -> None:
+    """Gain = 1 / sqrt(E f(z)**2) for standard normal z, by integration over a fine grid in float64."""
+    z = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    moment = float(torch.trapezoid(getattr(F, name)(z) ** 2 * density, z))
+    assert GAINS[name] == pytest.approx(1 / math.sqrt(moment), rel=1e-3)
+
+
+def test_fans_of_transposed_convolutions() -> None:
+    """A transposed convolution's weight is stored the other way round, and its stride thins out what it meets."""
+    layer = nn.ConvTranspose2d(8, 4, 4, stride=2)
+    assert initial_fans(layer, layer.weight) == (8 * 16 // 4, 4 * 16)
+    plain = nn.Conv2d(8, 4, 3)
+    assert initial_fans(plain, plain.weight) == (72, 36)
+
+
+def test_he_initialisation_keeps_the_variance_of_a_deep_rectifier_net() -> None:
+    """Over 30 layers the second moment stays within a factor of 4, where Glorot's falls below 1e-6 (He et al. 2015)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[f() for _ in range(30) for f in (lambda: nn.Linear(256, 256), nn.ReLU)])
+    x = torch.randn(64, 256)
+    with unvanish.treat(model, None, "he-init"), torch.no_grad():
+        assert 0.25 < float(model(x).square().mean() / x.square().mean() * 2) < 4
+    with unvanish.treat(model, None, "xavier-init"), torch.no_grad():
+        assert float(model(x).square().mean()) < 1e-6
+
+
+def test_lsuv_gives_every_layer_unit_variance() -> None:
+    """After LSUV each layer's output has variance 1 within its tolerance (Mishkin & Matas 2016)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[f() for _ in range(8) for f in (lambda: nn.Linear(64, 64), nn.Tanh)])
+    x = torch.randn(256, 64)
+    with unvanish.treat(model, None, "lsuv-init", inputs=(x,)), torch.no_grad():
+        for layer in model:
+            x = layer(x)
+            if isinstance(layer, nn.Linear):
+                assert float(x.var()) == pytest.approx(1.0, abs=0.15)
+
+
+def test_clipping_bounds_the_gradient_of_the_step() -> None:
+    """The step uses the clipped gradient: the update of plain descent is then lr times the limit at most."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    with unvanish.treat(model, optimizer, "clip-norm=0.01"):
+        (1e6 * model(torch.ones(1, 4))).sum().backward()
+        optimizer.step()
+    moved = math.sqrt(
+        sum(float((p - q).detach().square().sum()) for p, q in zip(model.parameters(), before, strict=True))
+    )
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+def test_adaptive_clipping_is_not_poisoned_by_nan() -> None:
+    """A gradient that is not finite moves nothing, and later steps go on."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with unvanish.treat(model, optimizer, "adaptive-clip"):
+        before = model.weight.detach().clone()
+        (model(torch.ones(1, 4)) * math.nan).sum().backward()
+        optimizer.step()
+        assert torch.equal(model.weight, before)
+        optimizer.zero_grad()
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+        assert not torch.equal(model.weight, before)
+        assert torch.isfinite(model.weight).all()
+
+
+def test_rates_change_only_during_the_step() -> None:
+    """A scheduler sees its own rate; the step uses the changed one."""
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    model = nn.ParameterList([parameter])
+    with unvanish.treat(model, optimizer, "lower-lr=0.1"):
+        parameter.grad = torch.ones(1)
+        optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    assert float(parameter) == pytest.approx(-0.1)
+
+
+def test_inputs_are_standardised() -> None:
+    """What reaches the first layer has mean 0 and spread 1 per feature, equal to NumPy's in float64."""
+    x = torch.randn(512, 3) * torch.tensor([1e-3, 1.0, 1e4]) + torch.tensor([5.0, -2.0, 1e5])
+    seen: list[Tensor] = []
+    model = nn.Sequential(nn.Linear(3, 1))
+    model[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with unvanish.treat(model, None, standardise_inputs()):
+        model(x)
+    truth = (x.double().numpy() - x.double().numpy().mean(0)) / x.double().numpy().std(0)
+    np.testing.assert_allclose(seen[0].numpy(), truth, rtol=1e-2, atol=2e-2)
+
+
+def test_targets_are_standardised_without_changing_the_units_of_outputs() -> None:
+    """Training with the treatment walks the path of a net trained on standardised targets, outputs scaled back."""
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 3), 500 + 40 * torch.randn(64, 1)
+    first, second = nn.Linear(3, 1), nn.Linear(3, 1)
+    second.load_state_dict(first.state_dict())
+    a, b = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (first, second))
+    with unvanish.treat(first, a, standardise_targets(500.0, 40.0)):
+        for _ in range(20):
+            a.zero_grad(), b.zero_grad()
+            F.mse_loss(first(x), y).backward()
+            F.mse_loss(second(x), (y - 500) / 40).backward()
+            a.step(), b.step()
+        torch.testing.assert_close(first(x), second(x) * 40 + 500, rtol=1e-4, atol=1e-3)
+
+
+def test_the_last_squash_is_left_out_for_the_loss_only() -> None:
+    """While training the loss gets what stands before the softmax; predictions keep it."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Softmax(dim=1))
+    x = torch.randn(5, 4)
+    with unvanish.treat(model, None, "logits-loss"):
+        torch.testing.assert_close(model(x), model[0](x))
+        with torch.no_grad():
+            torch.testing.assert_close(model(x).sum(1), torch.ones(5))
+
+
+def test_folding_a_batch_norm_keeps_the_outputs() -> None:
+    """Folded, the network predicts the same to 1e-5 and holds no batch norm."""
+    torch.manual_seed(0)
+    model = Convolutional()
+    for _ in range(5):
+        model(torch.randn(16, 3, 8, 8) * 2 + 1)
+    model.eval()
+    x = torch.randn(4, 3, 8, 8)
+    reference = model(x)
+    with unvanish.treat(model, None, "fold-bn"):
+        torch.testing.assert_close(model(x), reference, rtol=1e-5, atol=1e-5)
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
