@@ -46,8 +46,8 @@ def load_factory(target: str) -> Callable[[], Any]:
         factory = getattr(factory, part, None)
     if not callable(factory):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        near = difflib.get_close_matches(name, names)
-        hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
         found = "nothing of that name" if factory is None else type(factory).__name__
         raise TargetError(
             f"check: factory {name!r} in {place!r}: found {found}, expected a function without arguments that "
