@@ -96,7 +96,7 @@ SICK = {
     "unlearnable-labels": make_trace(np.linspace(1.2, 0.8, 400)),
     "constant-output": make_trace(FLAT, scalars={"output_unit_std": 1e-6}),
     "overfitting": make_trace(events=tuple(
-        Event(40 * i, "validation-loss", {"loss": value}) for i, value in enumerate((1.0, 0.6, 0.5, 0.6, 0.8, 1.0, 1.2))
+        Event(40 * i, "validation-loss", {"loss": value}) for i, value in enumerate((1.0, 0.6, 0.5, 0.6, 1.2, 1.5, 1.8))
     )),
     "oscillating-loss": make_trace(
         np.tile([0.1, 6.0, 0.3], 134)[:400] + 0.8

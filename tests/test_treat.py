@@ -252,7 +252,7 @@ def test_rates_change_only_during_the_step() -> None:
         parameter.grad = torch.ones(1)
         optimizer.step()
     assert optimizer.param_groups[0]["lr"] == 1.0
-    assert float(parameter) == pytest.approx(-0.1)
+    assert float(parameter.detach()) == pytest.approx(-0.1)
 
 
 def test_inputs_are_standardised() -> None:

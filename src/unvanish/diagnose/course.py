@@ -13,6 +13,7 @@ from .reading import late_half, scalar
 
 SAME_OUTPUT = 0.01  # spread over examples, relative to what the targets (or the outputs) spread
 RESTLESS_NOISE = 1.0
+DOUBLED = 1.0  # rise of the held-out loss over its minimum: worse than a run of half the length
 STILL_FALLING = 0.1  # of the loss, from one tenth of the run to the last one
 
 
@@ -106,7 +107,7 @@ def overfitting(trace: Trace) -> Iterator[Finding]:
         return
     yield Finding(
         "overfitting",
-        "warning",
+        "warning" if rise > DOUBLED else "info",  # a shallow minimum passed is usual and mild
         f"The held-out loss was lowest, {values[best]:.3g}, at step {points[best][0]} and has risen by {rise:.0%} "
         f"since, while the training loss fell to {learned.end:.3g}.",
         "Prechelt 1998, criterion GL (generalisation loss)",

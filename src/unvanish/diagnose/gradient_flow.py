@@ -31,7 +31,8 @@ MANY_DEAD = 0.5
 SATURATED = 0.5
 LARGE_SCALE = 4.0  # times 1/sqrt(fan in): three layers of it multiply the signal by 64
 SMALL_SCALE = 0.25
-HIGH_INITIAL_LOSS = 4.0  # times the loss of a constant answer
+HIGH_INITIAL_LOSS = 2.0  # times the loss of a constant answer
+HAMPERED = 0.1  # of the baseline left: saturated from the start, and not learnt well since
 _DEAD_KINDS = frozenset(("relu", "relu6", "gelu", "silu", "mish", "softplus", "hardswish"))
 _SATURATING = frozenset(("tanh", "sigmoid", "hardtanh", "hardsigmoid"))
 
@@ -63,7 +64,7 @@ def vanishing_gradient(trace: Trace) -> Iterator[Finding]:
         layer=trace.layers[first].name,
         layers=names(trace, faint),
         step=first_step(trace, lost),
-        share_of_run=share_of_run(trace, lost),
+        share_of_run=share_of_run(lost, column(trace, "log2_flow", first)),
         evidence={"log2_flow": float(flow[first]), "grad_rms": float(rms), "log2_gain": float(gain)},
         treatments=("he-init", "batch-norm", "skip-connections", "leaky-relu"),
     )
@@ -162,7 +163,7 @@ def non_finite(trace: Trace) -> Iterator[Finding]:
     smallest = details.get("smallest_input")
     where = f" Operation {operation}" if operation else ""
     where += f" got {smallest:.3g}" if isinstance(smallest, (int, float)) and smallest <= 0 else ""
-    is_lasting = bool(bad_losses.mean() > 0.01) or bool(bad_samples[-1:].any())
+    is_lasting = bool(bad_losses.sum() > 0.01 * len(bad_losses)) or bool(bad_samples[-1:].any())
     yield Finding(
         "non-finite",
         "critical" if is_lasting else "warning",
@@ -172,7 +173,7 @@ def non_finite(trace: Trace) -> Iterator[Finding]:
         layer=layer,
         layers=tuple(name for name in (layer,) if name),
         step=step,
-        share_of_run=max(float(bad_losses.mean()), share_of_run(trace, bad_samples)),
+        share_of_run=max(float(part.mean()) if len(part) else 0.0 for part in (bad_losses, bad_samples)),
         evidence={
             "bad_losses": int(bad_losses.sum()),
             **({"smallest_input": float(smallest)} if isinstance(smallest, (int, float)) else {}),
@@ -212,7 +213,7 @@ def dead_units(trace: Trace) -> Iterator[Finding]:
         layer=trace.layers[first].name,
         layers=names(trace, worst),
         step=first_step(trace, is_dead),
-        share_of_run=share_of_run(trace, is_dead),
+        share_of_run=share_of_run(is_dead, column(trace, "dead_share", first)),
         evidence={"dead_share": value, "dead_share_start": at_once, "remaining": learned.remaining},
         treatments=("leaky-relu", "he-init", "lower-lr", "batch-norm"),
     )
@@ -226,17 +227,17 @@ def saturated_activations(trace: Trace) -> Iterator[Finding]:
         for place in running_layers(trace)
         if trace.layers[place].activation in _SATURATING and is_hidden(trace.layers[place])
     ]
-    if not layers or not learned.is_poor:
+    if not layers or not (learned.is_poor or learned.remaining > HAMPERED):
         return
     start, end = at_start(trace, "saturated_share"), late(trace, "saturated_share")
-    worst = [place for place in layers if max(start[place], end[place]) > SATURATED]
+    worst = [p for p in layers if start[p] > SATURATED or (learned.is_poor and end[p] > SATURATED)]
     if not worst:
         return
     first = worst[0]
     pinned = column(trace, "saturated_share", first) > SATURATED
     yield Finding(
         "saturated-activations",
-        "critical",
+        _severity(learned),
         f"{max(start[first], end[first]):.0%} of the activations of {trace.layers[first].name!r} "
         f"({trace.layers[first].activation}) lie where its slope is under 5 % of the largest "
         f"({start[first]:.0%} at the start): almost no gradient passes.",
@@ -244,7 +245,7 @@ def saturated_activations(trace: Trace) -> Iterator[Finding]:
         layer=trace.layers[first].name,
         layers=names(trace, worst),
         step=first_step(trace, pinned),
-        share_of_run=share_of_run(trace, pinned),
+        share_of_run=share_of_run(pinned, column(trace, "saturated_share", first)),
         evidence={"saturated_share": float(end[first]), "saturated_share_start": float(start[first])},
         treatments=("standardise-inputs", "xavier-init", "batch-norm"),
     )
@@ -258,7 +259,8 @@ def poor_initialisation(trace: Trace) -> Iterator[Finding]:
     scale = weight_scale(trace)
     large = [place for place in layers if scale[place] > LARGE_SCALE]
     small = [place for place in layers if scale[place] < SMALL_SCALE and is_hidden(trace.layers[place])]
-    peak = learned.start / learned.baseline if learned.baseline > 0 else 1.0
+    first = float(np.median(trace.losses[:3])) if len(trace.losses) else math.nan
+    peak = first / learned.baseline if learned.baseline > 0 else 1.0
     if large and (learned.is_poor or peak > HIGH_INITIAL_LOSS):
         place = max(large, key=lambda p: float(scale[p]))
         start = f"the first losses are {peak:.3g} times that of a constant answer" if peak > 1 else "signals overflow"

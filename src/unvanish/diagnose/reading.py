@@ -73,9 +73,10 @@ def first_step(trace: Trace, condition: NDArray[np.bool_]) -> int:
     return int(trace.steps[hits[0]]) if len(hits) else 0
 
 
-def share_of_run(trace: Trace, condition: NDArray[np.bool_]) -> float:
-    """Return the share of the samples at which a condition holds."""
-    return float(np.mean(condition)) if len(condition) else 0.0
+def share_of_run(condition: NDArray[np.bool_], values: NDArray[np.float64]) -> float:
+    """Return the share of the samples at which a condition on a layer's values holds, of those that saw them."""
+    seen = ~np.isnan(values)
+    return float(np.mean(condition[seen])) if seen.any() else 0.0
 
 
 def names(trace: Trace, places: Iterable[int]) -> tuple[str, ...]:

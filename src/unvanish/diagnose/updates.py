@@ -13,8 +13,10 @@ from .progress import progress
 from .reading import (
     at_start,
     late,
+    late_half,
     median_of,
     names,
+    scalar,
     trained_layers,
 )
 
@@ -127,7 +129,9 @@ def weights_exploding(trace: Trace) -> Iterator[Finding]:
 def weights_collapsing(trace: Trace) -> Iterator[Finding]:
     """Weights that shrink towards zero and take the outputs with them."""
     learned, layers = progress(trace), _weights_layers(trace)
-    if not learned.is_poor:
+    # a loss that holds a penalty falls with the weights: then the outputs tell
+    spreads = scalar(trace, "output_unit_std", slice(0, 3)), scalar(trace, "output_unit_std", late_half(trace))
+    if not (learned.is_poor or spreads[1] < SHRUNK * spreads[0]):
         return
     first, last = at_start(trace, "weight_rms"), late(trace, "weight_rms")
     worst = [place for place in layers if first[place] > 0 and last[place] / first[place] < SHRUNK]
