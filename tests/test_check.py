@@ -101,6 +101,17 @@ def test_nothing_is_touched(name: str, has_grads: bool) -> None:
     assert state(model) == before
 
 
+def test_no_optimiser_steps() -> None:
+    """A training that steps inside the backward pass takes no step: its momentum stays empty."""
+    model, x = nn.Linear(6, 6), torch.randn(8, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    model.weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    check(model, nn.MSELoss(), (x, x), optimizer)
+    assert not optimizer.state
+    model(x).sum().backward()
+    assert optimizer.state
+
+
 def sigmoid_net(depth: int = 12) -> nn.Sequential:
     layers = [layer for _ in range(depth) for layer in (nn.Linear(16, 16), nn.Sigmoid())]
     return nn.Sequential(*layers, nn.Linear(16, 3))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -305,3 +308,42 @@ def test_folding_a_batch_norm_keeps_the_outputs() -> None:
     with unvanish.treat(model, None, "fold-bn"):
         torch.testing.assert_close(model(x), reference, rtol=1e-5, atol=1e-5)
         assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
+SCRIPT = """
+import torch
+from torch import nn
+
+torch.manual_seed(0)
+x = torch.randn(256, 4)
+y = x.sum(1, keepdim=True)
+model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(150):
+    batch = torch.randint(256, (32,))
+    loss = nn.functional.mse_loss(model(x[batch]), y[batch])
+    loss.backward()
+    optimizer.step()
+print("weight", model[2].bias.item())
+"""
+
+
+def test_an_unmodified_script_is_treated(tmp_path: Path) -> None:
+    """`run --treat zero-grad` gives the very numbers of the script with the missing line written in."""
+    (tmp_path / "sick.py").write_text(SCRIPT)
+    (tmp_path / "mended.py").write_text(
+        SCRIPT.replace("    loss.backward()", "    optimizer.zero_grad()\n    loss.backward()")
+    )
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "unvanish", "run", "--no-record", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+
+    sick, treated, mended = run("sick.py"), run("--treat", "zero-grad", "sick.py"), run("mended.py")
+    assert (sick.returncode, treated.returncode, mended.returncode) == (1, 0, 0), sick.stdout + treated.stderr
+    assert "missing-zero-grad" in sick.stdout
+    assert "applied: zero-grad" in treated.stderr
+    assert treated.stdout.splitlines()[0] == mended.stdout.splitlines()[0] != sick.stdout.splitlines()[0]
+    wrong = run("--treat", "zero-gard", "sick.py")
+    assert wrong.returncode == 2
+    assert "Did you mean 'zero-grad'" in wrong.stderr

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from typer.main import get_command
@@ -21,6 +21,9 @@ from .records import Findings
 from .report import RunView, compare_document, compare_text
 from .trace import read_recording
 from .version import VERSION
+
+if TYPE_CHECKING:
+    from .inject import Injection
 
 app = typer.Typer(
     add_completion=False,
@@ -66,6 +69,10 @@ def run(
     fail_on: Fail = FailOn.critical,
     folder: Annotated[Path, typer.Option(help="Keep the record in a new folder of this one.")] = Path("runs"),
     no_record: Annotated[bool, typer.Option("--no-record", help="Keep no record on disk.")] = False,
+    treat: Annotated[
+        list[str] | None,
+        typer.Option("--treat", metavar="ID[=VALUE]", help="Apply a treatment while the script runs; repeatable."),
+    ] = None,
     quiet: Quiet = False,
     no_color: NoColor = False,
 ) -> None:
@@ -76,8 +83,10 @@ def run(
     output = Output(json, quiet=quiet, no_color=no_color)
     is_leader = os.environ.get("RANK", "0") == "0"  # of several processes one keeps the record and reports
     parent = None if no_record or not is_leader else folder
+    injection = _injection(treat or [])
+    also = None if injection is None else injection.attach
     with output.of_script():
-        attended = attend(target, arguments or [], is_module=is_module, every=every, parent=parent)
+        attended = attend(target, arguments or [], is_module=is_module, every=every, parent=parent, also=also)
     flush()
     status = attended.outcome.status
     if not is_leader:
@@ -85,9 +94,23 @@ def run(
     recording = attended.recording
     findings = without_training(diagnose(recording), recording, is_torch_seen=attended.is_torch_seen)
     output.show(findings, recording)
+    if injection is not None:
+        output.say(f"applied: {', '.join(dict.fromkeys(injection.applied)) or 'no treatment'}")
+        for reason in dict.fromkeys(injection.refused):
+            output.say(reason)
     if attended.folder is not None:
         output.say(f"record: {nearby(attended.folder)}")
     raise typer.Exit(status or exit_code(findings, fail_on))
+
+
+def _injection(treatments: Sequence[str]) -> Injection | None:
+    """Return what applies treatments to the script; None if there are none."""
+    if not treatments:
+        return None
+    from .inject import Injection
+    from .treatments import parse_treatment
+
+    return Injection([parse_treatment(text) for text in treatments])
 
 
 @app.command()
