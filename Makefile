@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check slow bench docs clean
+.PHONY: demo test slow bench docs pictures clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,6 +28,9 @@ bench: .venv/installed
 
 docs: .venv/installed
 	$(BIN)/python -m pytest tests/test_docs.py
+
+pictures: .venv/installed
+	$(BIN)/python docs/pictures.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist
