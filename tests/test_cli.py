@@ -130,6 +130,7 @@ def test_a_script_that_raises_is_still_diagnosed(ended: dict[str, Ended]) -> Non
     assert f'File "{case.folder}/case.py", line 16, in <module>' in case.err
     assert "unvanish/" not in case.err.split("Traceback")[1].split("record:")[0]
     assert "30 steps" in case.out
+    assert "The script did not come to its end: RuntimeError: boom in the middle" in case.out
     assert len(records(case.folder)) == 1
 
 
@@ -231,7 +232,8 @@ def test_a_module_runs_as_python_would_run_it(tmp_path: Path) -> None:
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").write_text("")
     (tmp_path / "package" / "part.py").write_text(WHERE)
-    ours = command(tmp_path, "run", "-m", "package.part", "--lr", "3")
+    script = str(Path(sys.executable).with_name("unvanish"))  # its own folder is first in sys.path
+    ours = command(tmp_path, "run", "-m", "package.part", "--lr", "3", program=(script,))
     plain = command(tmp_path, "--lr", "3", program=("-m", "package.part"))
     assert json.loads(ours.out.splitlines()[0]) == json.loads(plain.out)
     missing = command(tmp_path, "run", "-m", "package.prat")

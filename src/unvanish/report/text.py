@@ -44,11 +44,13 @@ def _parts(findings: Findings, ink: Ink, recording: Recording | None) -> Iterato
     for finding in sorted(findings, key=lambda f: SEVERITIES.index(f.severity)):
         yield ""
         yield from _finding(finding, is_check=_is_check(findings))
-    notes = [*_failures(findings.run), *findings.notes]
-    if notes:
+    failures = _failures(findings.run)
+    if failures or findings.notes:
         yield ""
-    for note in notes:
-        yield Padding(Text(plain(note), style="yellow" if note in _failures(findings.run) else ""), (0, 0, 0, 2))
+    for note in failures:
+        yield Padding(Text(plain(note), style="yellow"), (0, 0, 0, 2))
+    for note in findings.notes:
+        yield _paragraph(plain(note))
     yield ""
     yield _verdict(findings)
 
@@ -162,8 +164,10 @@ def _beside(mark: Text, text: Text, width: int) -> RenderableType:
 
 
 def _failures(run: Mapping[str, Any]) -> list[str]:
-    """Say what of our own went wrong: the report is then about a part of the run only."""
+    """Say what went wrong, in the script or with us: the report is then about a part of the run only."""
     found = []
+    if run.get("error"):
+        found.append(f"The script did not come to its end: {run['error']}")
     if run.get("failure"):
         found.append(f"The watch failed and switched itself off; the training went on unwatched: {run['failure']}")
     if run.get("record_failure"):
