@@ -71,7 +71,7 @@ def state(model: nn.Module) -> list[Any]:
     """Return everything of a model and the generators that must stay, as bytes and identities."""
     tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
     flags = [(module.training, len(module._forward_hooks)) for module in model.modules()]
-    hooks = [(p.requires_grad, id(p.grad), id(p._post_accumulate_grad_hooks)) for p in model.parameters()]
+    hooks = [(p.requires_grad, id(p.grad), dict(p._post_accumulate_grad_hooks or {})) for p in model.parameters()]
     generators = [torch.get_rng_state().numpy().tobytes(), random.getstate(), str(np.random.get_state())]
     bits = [(id(t), t.detach().numpy().tobytes()) for t in tensors]
     return [bits, flags, hooks, generators]

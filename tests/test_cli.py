@@ -106,9 +106,10 @@ def command(
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     """All cases, each in a folder of its own; side by side, because most of their time is importing torch."""
+    folders = {name: tmp_path_factory.mktemp(name.replace(" ", "-")) for name in CASES}
 
     def run(name: str) -> Ended:
-        case, folder = CASES[name], tmp_path_factory.mktemp(name.replace(" ", "-"))
+        case, folder = CASES[name], folders[name]
         if case.script is not None:
             (folder / "case.py").write_text(case.script, encoding="utf-8")
         return command(folder, "run", *case.options, "case.py", *case.arguments, environment=case.environment or {})

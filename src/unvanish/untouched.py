@@ -30,7 +30,7 @@ def untouched(*models: nn.Module) -> Iterator[None]:
         for parameter in dict.fromkeys(p for module in modules for p in module.parameters(recurse=False)):
             undo.callback(_restore_parameter(parameter))
             parameter.grad = None
-            parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+            _hooks(parameter).clear()  # autograd holds this very dict
         yield
 
 
@@ -53,7 +53,7 @@ def _restore_module(module: nn.Module) -> Callable[[], None]:
 
 
 def _restore_parameter(parameter: nn.Parameter) -> Callable[[], None]:
-    grad, needs_grad, hooks = parameter.grad, parameter.requires_grad, parameter._post_accumulate_grad_hooks
+    grad, needs_grad, hooks = parameter.grad, parameter.requires_grad, dict(_hooks(parameter))
     grad_copy = None if grad is None else grad.detach().clone()
     copy = parameter.detach().clone()
 
@@ -63,9 +63,15 @@ def _restore_parameter(parameter: nn.Parameter) -> Callable[[], None]:
         if grad is not None and grad_copy is not None:
             grad.data.copy_(grad_copy)
         parameter.requires_grad_(needs_grad)
-        parameter._post_accumulate_grad_hooks = hooks
+        _hooks(parameter).update(hooks)
 
     return restore
+
+
+def _hooks(parameter: nn.Parameter) -> dict[Any, Any]:
+    """Return the hooks that run when a gradient was accumulated; a dict of its own if there are none."""
+    found: dict[Any, Any] | None = parameter._post_accumulate_grad_hooks
+    return {} if found is None else found
 
 
 @contextmanager
