@@ -150,6 +150,27 @@ def test_healthy_models_are_clean() -> None:
         assert (found.run["kind"], found.run["steps"]) == ("check", 0)
 
 
+class SideBranch(nn.Module):
+    """A gate that hardly matters yet beside a path that does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        result: Tensor = self.last(x + 1e-6 * self.gate(x))
+        return result
+
+
+def test_a_faint_side_branch_is_no_vanishing_gradient() -> None:
+    """The gradient vanishes only if the layers from the input on get nothing of it."""
+    model = SideBranch()
+    found = check(model, nn.MSELoss(), (torch.randn(8, 6), torch.randn(8, 2)))
+    assert [row["log2_flow"] < -13.3 for row in found.layers] == [False, True, False]
+    assert found.findings == ()
+
+
 class Convolutional(nn.Module):
     def __init__(self) -> None:
         super().__init__()

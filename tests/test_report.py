@@ -193,6 +193,10 @@ def test_our_own_failures_are_told() -> None:
         (findings(verdict="inconclusive", steps=7), "? inconclusive: 7 steps are too few to judge"),
         (findings(finding("warning"), finding("warning")), "▲ 2 warnings: first look at vanishing-gradient in net.0"),
         (findings(finding("info")), "● 1 info: first look at vanishing-gradient in net.0"),
+        (
+            findings(finding("info", layer="b.encoder.layer.11.attention.output.dense")),
+            "● 1 info: first look at vanishing-gradient in b.e.l.11.attention.output.dense",
+        ),
     ],
 )
 def test_the_verdict_is_one_line(report: Findings, line: str) -> None:

@@ -52,7 +52,7 @@ def _put_parameters(out: NDArray[np.float64], fetched: Fetched, rows: Sequence[P
     sampled = np.array([row.sampled for row in rows], dtype=float)
     columns = {name: fetched.rows[:, :, i] for name, i in _R.items()}
     scale = numel / sampled
-    has_grad = ~np.isnan(columns["grad_zeros"])
+    has_grad = fetched.has_grad
     zeros = (columns["grad_zeros"] - (ROW - sampled)) * scale
     # nan is what a bad gradient looks like, so "not seen" must be told apart from it
     norm_square = np.where(has_grad, np.nan_to_num(fetched.grad_norms**2, nan=np.inf), np.nan)

@@ -297,7 +297,7 @@ class Capture:
         """Read gradients and backward norms, at the end of a backward pass."""
         if self.stage is not None:
             with torch.no_grad():  # gradients carry a graph after ``create_graph=True``
-                self.stage.take_grads()
+                self.stage.take_grads(with_samples=self.is_armed or self.compiled)
                 self.stage.take_deltas(self._deltas)
 
     def locate_nonfinite(self, loss: Tensor) -> dict[str, Any]:

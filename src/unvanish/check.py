@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,12 @@ def flow_at_start(trace: Trace) -> Iterator[Finding]:
         return
     flow = trace.measures["log2_flow"][0]
     layers = [i for i, layer in enumerate(trace.layers) if layer.is_trainable and math.isfinite(flow[i])]
+    # from the input on without a gap: a side branch, such as the queries of attention, may start faint
+    faint = list(takewhile(lambda i: flow[i] < FAINT, layers))
+    loud = list(takewhile(lambda i: flow[i] > LOUD, layers))
     for illness, places, limit, tries in (
-        ("vanishing-gradient", [i for i in layers if flow[i] < FAINT], "less than 1e-4", ("he-init", "batch-norm")),
-        ("exploding-gradient", [i for i in layers if flow[i] > LOUD], "more than 1,000 times", ("xavier-init",)),
+        ("vanishing-gradient", faint, "less than 1e-4", ("he-init", "batch-norm")),
+        ("exploding-gradient", loud, "more than 1,000 times", ("xavier-init",)),
     ):
         if places:
             worst = max(places, key=lambda i: abs(flow[i]))

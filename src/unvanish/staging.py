@@ -76,7 +76,7 @@ class ParameterRow:
 
 def _entries(tensor: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
     """View the sampled entries of a dense tensor; copy first if it has holes."""
-    if not _is_dense(tensor):
+    if not tensor.is_contiguous() and not _is_dense(tensor):
         tensor = tensor.contiguous()
     return tensor.as_strided(sizes, strides)
 
@@ -108,6 +108,7 @@ class Slot:
     facts: dict[str, float] = field(default_factory=dict)
     counts: dict[int, tuple[int, int]] = field(default_factory=dict)  # block row -> examples, units
     updated: set[int] = field(default_factory=set)  # parameter rows with before and after
+    sampled_grads: set[int] = field(default_factory=set)  # parameter rows with entries of the gradient
     # Parameter rows with their exact gradient norms, and layers with the norms at their outputs.
     grad_norms: list[tuple[list[int], Tensor]] = field(default_factory=list)
     deltas: list[tuple[list[int], Tensor]] = field(default_factory=list)
@@ -122,6 +123,7 @@ class Fetched:
     slots: list[Slot]
     rows: NDArray[np.float64]  # (samples, parameter rows, ROW_COLUMNS)
     grad_norms: NDArray[np.float64]  # (samples, parameter rows)
+    has_grad: NDArray[np.bool_]  # (samples, parameter rows): the norm was taken, if only to find nan
     blocks: NDArray[np.float64]  # (samples, block rows, BLOCK_COLUMNS)
     deltas: NDArray[np.float64]  # (samples, layers)
 
@@ -220,8 +222,8 @@ class Stage:
         if after:
             self.slot.updated.update(rows)
 
-    def take_grads(self) -> None:
-        """Copy samples and exact norms of the gradients that the parameters hold now."""
+    def take_grads(self, *, with_samples: bool = True) -> None:
+        """Keep exact norms of the gradients that the parameters hold now, and samples of their entries if asked."""
         held, dense, sampled, sources = [], [], [], []
         for row, entry in enumerate(self.rows):
             parameter = entry.parameter
@@ -236,12 +238,14 @@ class Stage:
             if grad.numel() == entry.numel:
                 held.append(row)
                 dense.append(grad)
-                sampled.append(row)
-                sources.append(_entries(grad, entry.sizes, entry.strides))
+                if with_samples:
+                    sampled.append(row)
+                    sources.append(_entries(grad, entry.sizes, entry.strides))
         if not held:
             return
         if sampled:
             torch._foreach_copy_(self._places(2, sampled), sources)
+            self.slot.sampled_grads.update(sampled)
         self.slot.grad_norms.append((held, torch.stack(norms(dense))))
 
     def take_deltas(self, deltas: Mapping[int, Tensor]) -> None:
@@ -312,7 +316,7 @@ class Stage:
         bounds = torch.tensor(self.bounds, device=self.device).reshape(-1, 3)
         parts = (
             row_statistics(*(ring[:n, :rows] for ring in (self.before, self.after, self.grads))),
-            block_statistics(self.blocks[:n, :blocks], torch.from_numpy(counts).to(self.device), bounds),
+            self._block_statistics(counts, bounds),
             self._scalars(slots),
         )
         flat = torch.cat([part.reshape(-1) for part in parts]).double().cpu().numpy()
@@ -321,6 +325,7 @@ class Stage:
             slots,
             of_rows.reshape(n, rows, len(ROW_COLUMNS)),
             np.full((n, rows), np.nan),
+            np.zeros((n, rows), dtype=bool),
             of_blocks.reshape(n, blocks, len(BLOCK_COLUMNS)),
             np.full((n, self.layer_count), np.nan),
         )
@@ -331,6 +336,16 @@ class Stage:
         _place_scalars(fetched, scalars)
         self.reset()
         return fetched
+
+    def _block_statistics(self, counts: NDArray[np.int64], bounds: Tensor) -> Tensor:
+        """Return the statistics of all blocks, computed only for the samples that have some."""
+        n, blocks = counts.shape[:2]
+        full = np.flatnonzero(counts.any(axis=(1, 2)))
+        taken = self.blocks[:n, :blocks] if len(full) == n else self.blocks[full.tolist(), :blocks]
+        found = block_statistics(taken, torch.from_numpy(counts[full]).to(self.device), bounds)
+        result = found.new_zeros(n, blocks, found.shape[-1])
+        result[full.tolist()] = found
+        return result
 
     def _scalars(self, slots: Sequence[Slot]) -> Tensor:
         """Return the norms and the loss scale of each sample, one after the other."""
@@ -350,7 +365,7 @@ class Stage:
 def _place_scalars(fetched: Fetched, scalars: NDArray[np.float64]) -> None:
     """Put the norms in their places, blank what was not seen, and take out the loss scale."""
     names = {name: i for i, name in enumerate(ROW_COLUMNS)}
-    has_grad, has_update = np.zeros((2, *fetched.grad_norms.shape), dtype=bool)
+    has_samples, has_update = np.zeros((2, *fetched.grad_norms.shape), dtype=bool)
     place = 0
     for i, slot in enumerate(fetched.slots):
         has_update[i, list(slot.updated)] = True
@@ -359,7 +374,8 @@ def _place_scalars(fetched: Fetched, scalars: NDArray[np.float64]) -> None:
                 target[i, index] = scalars[place : place + len(index)]
                 place += len(index)
         for index, _ in slot.grad_norms:
-            has_grad[i, index] = True
+            fetched.has_grad[i, index] = True
+        has_samples[i, list(slot.sampled_grads)] = True
         scale = scalars[place]
         place += 1
         if scale not in (0.0, 1.0):
@@ -368,7 +384,7 @@ def _place_scalars(fetched: Fetched, scalars: NDArray[np.float64]) -> None:
             fetched.rows[i, :, names["grad_square"]] /= scale**2
             fetched.rows[i, :, names["alignment_dot"]] /= scale
     for name in ("grad_square", "grad_zeros", "alignment_dot"):
-        fetched.rows[~has_grad, names[name]] = np.nan
+        fetched.rows[~has_samples, names[name]] = np.nan
     for name in ("update_square", "alignment_dot"):
         fetched.rows[~has_update, names[name]] = np.nan
 

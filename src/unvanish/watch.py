@@ -604,6 +604,7 @@ class Watch:
         own = {m.number for m in self.roster.members if m.parameters & player.owned}
         stage.slot.scale = slot.scale
         stage.slot.grad_norms += slot.grad_norms
+        stage.slot.sampled_grads |= slot.sampled_grads
         stage.slot.deltas += [(layers, norms) for layers, norms in slot.deltas if not own.issuperset(layers)]
 
     def _carried(self, counts: dict[int, tuple[int, int]], player: Player) -> dict[int, tuple[int, int]]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..records import SEVERITIES, Finding, Findings, Recording, Trace
-from .ink import Ink, number, plain
+from .ink import Ink, number, plain, shorten
 from .remedies import in_words
 from .table import SIGNS, STYLES, layer_table
 
@@ -33,7 +33,7 @@ def report_text(findings: Findings, ink: Ink, recording: Recording | None = None
 
 def verdict_line(findings: Findings, ink: Ink) -> str:
     """Return the verdict alone, in one line."""
-    return ink.render(_verdict(findings))
+    return ink.render(_verdict(findings, ink.width))
 
 
 def _parts(findings: Findings, ink: Ink, recording: Recording | None) -> Iterator[RenderableType]:
@@ -52,7 +52,7 @@ def _parts(findings: Findings, ink: Ink, recording: Recording | None) -> Iterato
     for note in findings.notes:
         yield _paragraph(plain(note))
     yield ""
-    yield _verdict(findings)
+    yield _verdict(findings, ink.width)
 
 
 def _header(findings: Findings, ink: Ink, recording: Recording | None) -> Iterator[RenderableType]:
@@ -175,7 +175,7 @@ def _failures(run: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _verdict(findings: Findings) -> Text:
+def _verdict(findings: Findings, width: int) -> Text:
     if findings.verdict == "inconclusive" and not findings.at_least("warning"):
         return Text(f"? inconclusive: {_reason(findings)}", style="bold yellow")
     if not findings.findings:
@@ -184,11 +184,10 @@ def _verdict(findings: Findings) -> Text:
     worst = min(findings, key=lambda f: SEVERITIES.index(f.severity))
     counts = [(sum(f.severity == s for f in findings), s) for s in SEVERITIES]
     named = ", ".join(f"{n} {s}{'s' if s == 'warning' and n > 1 else ''}" for n, s in counts if n)
-    where = f" in {plain(worst.layer)}" if worst.layer else ""
-    return Text(
-        f"{SIGNS[worst.severity]} {named}: first look at {plain(worst.illness)}{where}",
-        STYLES[worst.severity],
-    )
+    words = f"{SIGNS[worst.severity]} {named}: first look at {plain(worst.illness)}"
+    if worst.layer:
+        words += f" in {shorten(plain(worst.layer), max(width - len(words) - 4, 8))}"
+    return Text(words, STYLES[worst.severity])
 
 
 def _reason(findings: Findings) -> str:
