@@ -39,6 +39,8 @@ SETTLED = 3  # the step after which it shows whether units stay copies of each o
 MAX_PENDING = 4096  # losses that wait for a step
 FULL_SAMPLES = 4  # of so many samples one looks at the forward pass too; the others at gradients and updates
 FULL_STEPS = 40  # samples at least so many steps apart all do
+CHECKED_STEPS = 100  # for which it is looked whether gradients were cleared; then every tenth
+CHECKED_EVERY = 10
 DORMANT = 50  # steps of others after which an optimiser no longer asks for samples
 log = logging.getLogger("unvanish")
 _OF_PARAMETERS = [
@@ -63,6 +65,8 @@ class Player:
     steps: int = 0
     last_seen: int = 0  # count of steps of all optimisers
     uncleared: int = 0  # steps whose gradient still held that of the step before
+    checked: int = 0  # steps for which that was looked at
+    is_checked: bool = False  # the coming step is one of them
     is_cleared: bool = True
     backward_calls: int = 0  # of the whole run, when this one last stepped
     skipped: int = 0
@@ -429,14 +433,19 @@ class Watch:
             self._note_held_out()
         if self._found is not None:
             self._place_event(player)
-        if player.steps and not player.is_cleared and self._backward_calls > player.backward_calls:
-            player.uncleared += 1
+        if player.is_checked and self._backward_calls > player.backward_calls:
+            player.checked += 1
+            player.uncleared += not player.is_cleared
         player.backward_calls = self._backward_calls
         self._note_loss(player)
         if self._sampling and self._is_sampling(player):
             self._close_sample(player)
         self._count(player)
-        _mark(player, optimizer)
+        player.is_checked = player.steps < CHECKED_STEPS or player.steps % CHECKED_EVERY == 0
+        if player.is_checked:
+            _mark(player, optimizer)
+        elif player.mark is not None:
+            player.mark = None
         if self._sampling or len(self._players) > 1 or player.is_due(self.every):
             self._plan_next()
         if len(self._pending.stepped) >= FLUSH_LOSSES:
@@ -710,6 +719,7 @@ def _facts(player: Player) -> dict[str, Any]:
     return {
         **settings,
         "uncleared_steps": player.uncleared,
+        "checked_steps": player.checked,
         "skipped_steps": player.skipped,
         "takeovers": player.takeovers,
         "loss_kind": player.loss_kind,

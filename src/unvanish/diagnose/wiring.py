@@ -22,14 +22,15 @@ OUT_OF_RANGE = 0.5  # of the targets' spread: a quarter of the variance is then 
 def missing_zero_grad(trace: Trace) -> Iterator[Finding]:
     """Gradients of earlier steps were still there when the next backward pass added to them."""
     uncleared = int(trace.facts.get("uncleared_steps", 0))
-    share = uncleared / max(trace.total_steps - 1, 1)
+    checked = int(trace.facts.get("checked_steps", trace.total_steps - 1))
+    share = uncleared / max(checked, 1)
     if trace.total_steps < 4 or share < UNCLEARED_SHARE:
         return
     learned = progress(trace)
     yield Finding(
         "missing-zero-grad",
         "critical" if not learned.is_judgeable or learned.remaining > 0.1 or not learned.is_finite else "warning",
-        f"{uncleared} of {trace.total_steps} steps used a gradient that still held those of the steps "
+        f"{uncleared} of {checked} steps that were checked used a gradient that still held those of the steps "
         "before: it is the sum of all batches so far, and old directions never leave it.",
         "PyTorch documentation, Optimizer.zero_grad; exact: gradients were the same tensors, unwritten",
         share_of_run=share,
