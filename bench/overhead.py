@@ -35,9 +35,10 @@ import torch
 from nets import NETS, OPTIMIZERS, Training, training
 from torch import Tensor
 
-from unvanish.watch import DENSE_STEPS, FLUSH_LOSSES, Watch
+from unvanish.watch import DENSE_STEPS, Watch
 
 SLOTS = 8  # samples between two flushes
+LEAST_STEPS = 48  # over which the time inside is added up
 IDLE = 10**9  # as `every`: attached, but nothing is sampled
 AfterBackward = Callable[[Tensor], None]
 
@@ -216,7 +217,7 @@ def measure(tool: str, net: str, optimizer: str, every: int, pairs: int) -> dict
 
 def share_inside(watched: Worker, plain: Worker, every: int, period: int) -> float:
     """Return the CPU time inside the watch over that of the bare step, over at least one whole flush."""
-    parts, steps = 4, (FLUSH_LOSSES if every == IDLE else SLOTS * period)
+    parts, steps = 4, (LEAST_STEPS if every == IDLE else max(SLOTS * period, LEAST_STEPS))
     inside = base = 0.0
     for _ in range(parts):
         base += plain(max(steps // parts // 4, 1))[0]
