@@ -1,0 +1,113 @@
+"""The search for a cure, on trials whose outcome is known because they are made up."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from tests.traces import make_trace
+from unvanish import Recording
+from unvanish.candidates import FOR_ILLNESS, MAX_CANDIDATES, candidates, combined
+from unvanish.cure import Cure, Outcome, RunTrial, cure, paired_test
+from unvanish.diagnose.ranking import ORDER
+from unvanish.records import Finding, Findings
+from unvanish.treatments import TREATMENTS
+
+STEPS = 600
+
+
+def trials(levels: dict[tuple[str, ...], float], *, noise: float = 0.05, seed: int = 0) -> RunTrial:
+    """Return trials of a script that forgets to clear gradients: the loss each combination ends with; 1 for others."""
+    rng = np.random.default_rng(seed)
+
+    def run(treatments: tuple[str, ...], steps: int, seed: int, facts: dict[str, float]) -> Outcome:
+        count = steps or STEPS
+        level = levels.get(treatments, 1.0) * math.exp(noise * rng.standard_normal())
+        facts_of_run = {"uncleared_steps": count - 1, "checked_steps": count - 1} if not treatments else {}
+        return Outcome(Recording({}, (make_trace(level, steps=count, facts=facts_of_run),)))
+
+    return run
+
+
+def test_a_cure_is_found_and_verified() -> None:
+    """The treatment that mends the run wins, within the budget, on seeds that played no part in choosing it."""
+    state = cure(trials({("zero-grad",): 0.01}))
+    assert state.winner is not None
+    assert state.winner.treatments == ("zero-grad",)
+    assert state.winner.gain == pytest.approx(0.99, abs=0.01)
+    assert state.winner.p < 0.05
+    assert state.used <= state.budget == 6 * STEPS
+    assert state.trials[-1].seeds == (1, 2, 3)
+
+
+def test_a_healthy_run_needs_nothing() -> None:
+    """One run of the script is all that is spent on a healthy one."""
+
+    def run(treatments: tuple[str, ...], steps: int, seed: int, facts: dict[str, float]) -> Outcome:
+        assert not treatments
+        return Outcome(Recording({}, (make_trace(steps=STEPS),)))
+
+    state = cure(run)
+    assert not state.is_needed
+    assert state.winner is None
+    assert state.used == STEPS
+
+
+def test_treatments_that_do_nothing_rarely_win() -> None:
+    """Of many searches in which nothing helps, at most 5 % recommend something (3 standard errors allowed)."""
+    wins = sum(cure(trials({}, noise=0.3, seed=seed)).winner is not None for seed in range(200))
+    assert wins / 200 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 200)
+
+
+def test_a_trial_that_fails_is_told_and_the_rest_go_on() -> None:
+    """An error in one trial is kept with it; a search in which all fail ends without a winner."""
+
+    def run(treatments: tuple[str, ...], steps: int, seed: int, facts: dict[str, float]) -> Outcome:
+        return trials({})(treatments, steps, seed, facts) if not treatments else Outcome(None, error="it crashed")
+
+    heard: list[int] = []
+    state = cure(run, told=lambda so_far: heard.append(len(so_far.trials)))
+    assert state.winner is None
+    assert {trial.error for trial in state.trials} == {"it crashed"}
+    assert {trial.stopped for trial in state.trials} == {"failed"}
+    assert heard
+    assert isinstance(state, Cure)
+    assert state.to_dict()["winner"] is None
+
+
+@given(st.lists(st.tuples(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6)), min_size=2, max_size=6))
+def test_the_paired_test_is_student_s(pairs: list[tuple[float, float]]) -> None:
+    """The p value is that of SciPy's one-sided paired t-test on the logarithms."""
+    untreated, treated = zip(*pairs, strict=True)
+    differences = np.log(untreated) - np.log(treated)
+    _, _, p = paired_test(untreated, treated)
+    if np.std(differences) > 1e-9 * max(np.abs(differences).max(), 1e-9):
+        truth = stats.ttest_1samp(differences, 0, alternative="greater").pvalue
+        assert p == pytest.approx(truth, abs=1e-4)
+
+
+def test_what_is_not_finite_counts_against_the_treatment_only() -> None:
+    """A treated run that blows up never wins; an untreated one that does can be beaten."""
+    assert paired_test((1.0, 1.0, 1.0), (0.1, math.inf, 0.1))[2] == 1.0
+    assert paired_test((math.inf, math.inf, 1.0), (0.1, 0.1, 0.1))[2] < 0.05
+
+
+def test_candidates_exist_and_are_bounded() -> None:
+    """Every candidate names treatments that exist, every illness that is listed exists, and there are not too many."""
+    assert set(FOR_ILLNESS) <= set(ORDER)
+    for combinations in FOR_ILLNESS.values():
+        for combination in combinations:
+            assert all(treatment.partition("=")[0] in TREATMENTS for treatment in combination)
+    findings = tuple(Finding(illness, "critical", "", "") for illness in ORDER)
+    assert len(candidates(Findings({}, findings, (), "findings"))) == MAX_CANDIDATES
+
+
+def test_combinations_do_not_contradict_themselves() -> None:
+    """Two initialisations or two rates are never applied together."""
+    assert combined(("he-init",), ("lsuv-init", "clip-norm=1")) == ("he-init", "clip-norm=1")
+    assert combined(("lower-lr=0.1",), ("raise-lr=10",)) == ("lower-lr=0.1",)
