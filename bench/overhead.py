@@ -35,7 +35,8 @@ import torch
 from nets import NETS, OPTIMIZERS, Training, training
 from torch import Tensor
 
-from unvanish.watch import DENSE_STEPS, Watch
+from unvanish.players import DENSE_STEPS
+from unvanish.watch import Watch
 
 SLOTS = 8  # samples between two flushes
 LEAST_STEPS = 48  # over which the time inside is added up

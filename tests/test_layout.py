@@ -19,6 +19,7 @@ ORDER = (
     ("roster", "staging", "untouched"),
     ("assemble", "capture"),
     ("trace",),
+    ("players",),
     ("watch",),
     ("diagnose",),
     ("treatments",),

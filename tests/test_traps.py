@@ -25,7 +25,7 @@ from .nets import Checkpointed, Critic, Generator, chain, descend, watching
 @pytest.fixture(autouse=True)
 def every_sample_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look at the forward pass in every sample: what is looked at less often is tested by itself."""
-    monkeypatch.setattr(sys.modules["unvanish.watch"], "FULL_SAMPLES", 1)
+    monkeypatch.setattr(sys.modules["unvanish.players"], "FULL_SAMPLES", 1)
 
 
 @pytest.fixture(autouse=True)
