@@ -63,7 +63,7 @@ def watch(
     Raises:
         OptionError: if an argument is no model, no optimiser, or no whole number >= 1.
 
-    Cost: under 1 % of the step time of a small-batch MLP with ``every=10`` (bench/overhead.py).
+    Cost: about 1 % of the step time of a small-batch MLP with ``every=10`` (bench/overhead.py).
 
     Example:
         >>> import torch, unvanish

@@ -26,7 +26,6 @@ from .reading import (
 VANISHED = -13.3  # log2 of 1e-4: the share of the output's gradient that reaches a layer
 EXPLODED = 10.0  # log2 of 1,000
 SPIKE = 100.0  # largest gradient over the median one
-DEAD_LAYER = 0.95
 MANY_DEAD = 0.5
 SATURATED = 0.5
 LARGE_SCALE = 4.0  # times 1/sqrt(fan in): three layers of it multiply the signal by 64
