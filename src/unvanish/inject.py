@@ -21,7 +21,10 @@ from .errors import TreatmentError
 from .treatments import Patient, Treatment, applied
 
 AT_THE_STEP = frozenset(
-    "clip-norm clip-value adaptive-clip normalise-layers lower-lr raise-lr warm-up zero-grad weight-decay".split()
+    (
+        "clip-norm clip-value adaptive-clip normalise-layers lower-lr raise-lr warm-up layerwise-rates zero-grad "
+        "weight-decay"
+    ).split()
 )
 
 

@@ -26,7 +26,7 @@ REMEDIES: dict[str, str] = {
     "lower-lr": "divide the learning rate by 10",
     "raise-lr": "multiply the learning rate by 10",
     "warm-up": "raise the learning rate from near 0 over the first steps",
-    "layerwise-rates": "give each layer its own learning rate, by the size of its gradient",
+    "layerwise-rates": "lower the learning rate from layer to layer, from the output to the input",
     "weight-decay": "AdamW or SGD with weight_decay, none on biases and norms",
     "dropout": "nn.Dropout after the larger layers",
     "early-stopping": "stop when the validation loss rises, and keep the best weights",

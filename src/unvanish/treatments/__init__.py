@@ -26,7 +26,7 @@ from .loop import (
     zero_grad,
 )
 from .normalise import batch_norm, fold_bn, layer_norm, precise_bn
-from .rates import lower_lr, raise_lr, warm_up
+from .rates import layerwise_rates, lower_lr, raise_lr, warm_up
 from .regularise import EarlyStopping as EarlyStopping
 from .regularise import dropout, early_stopping, weight_decay
 from .treatment import Patient as Patient
@@ -53,6 +53,7 @@ TREATMENTS: Mapping[str, Callable[..., Treatment]] = {
     "lower-lr": lower_lr,
     "raise-lr": raise_lr,
     "warm-up": warm_up,
+    "layerwise-rates": layerwise_rates,
     "weight-decay": weight_decay,
     "dropout": dropout,
     "early-stopping": early_stopping,

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,18 +41,35 @@ def _before_each_step(identifier: str, make: Callable[[], Bound], what: str) -> 
     return apply
 
 
-def _positive(value: float, identifier: str) -> float:
+def _positive(value: float | str, identifier: str) -> float:
     if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
         raise TreatmentError(f"treat(): {identifier!r}: found {value!r}, expected a number > 0. Nothing was changed.")
     return float(value)
 
 
-def clip_norm(limit: float = 1.0) -> Treatment:
-    """Scale the whole gradient down to a norm of at most ``limit``.
+def clip_norm(limit: float | str = 1.0) -> Treatment:
+    """Scale the whole gradient down to a norm of at most ``limit``; ``"auto"`` takes the limit from the history.
 
-    Source: Pascanu, Mikolov & Bengio 2013, algorithm 1.
+    ``"auto"``: at most the 10th percentile of the norms of the last steps, this one among them, so that the length of
+    a step is nearly constant and the rate alone sets it. A step whose norm is nan or infinite never enters the
+    history and is skipped as `torch.amp.GradScaler` skips it: its gradients are dropped, so that neither weights nor
+    the state of the optimiser move.
+
+    Raises:
+        TreatmentError: if ``limit`` is neither a number > 0 nor ``"auto"``.
+
+    Cost: ``"auto"`` waits for the device once a step.
+
+    Source: Pascanu, Mikolov & Bengio 2013, algorithm 1; Seetharaman et al. 2020, section 3 (auto: percentile 10 of
+    all norms). Ours: the last 1000 norms, so that the cost is bounded; steps that are not finite are skipped.
+
+    Example:
+        >>> str(clip_norm(0.5)), str(clip_norm("auto"))
+        ('clip-norm=0.5', 'clip-norm=auto')
     """
-    _positive(limit, "clip-norm")
+    if limit == "auto":
+        return _clip_by_history()
+    limit = _positive(limit, "clip-norm")
 
     def bound(parameters: list[Tensor]) -> None:
         torch.nn.utils.clip_grad_norm_(parameters, limit)
@@ -63,6 +81,41 @@ def clip_norm(limit: float = 1.0) -> Treatment:
         preserves_function=True,
         code=f"torch.nn.utils.clip_grad_norm_(model.parameters(), {limit:g})  # between backward() and step()",
     )
+
+
+AUTO_HISTORY, AUTO_PERCENTILE = 1000, 10
+
+
+def _clip_by_history() -> Treatment:
+    """Clip to a low percentile of the norms seen so far."""
+
+    def make() -> Bound:
+        history: deque[float] = deque(maxlen=AUTO_HISTORY)
+
+        def bound(parameters: list[Tensor]) -> None:
+            norm = _whole_norm(parameters)
+            if not math.isfinite(norm):
+                for parameter in parameters:
+                    parameter.grad = None  # optimisers leave out what has none, with its momentum
+            elif norm > 0:  # a tenth of zeros would hold every later step at zero
+                history.append(norm)
+                torch.nn.utils.clip_grad_norm_(parameters, float(np.percentile(history, AUTO_PERCENTILE)))
+
+        return bound
+
+    return Treatment(
+        "clip-norm",
+        _before_each_step("clip-norm", make, "gradient norm at most the 10th percentile of its history"),
+        "auto",
+        preserves_function=True,
+        code="changes = unvanish.treat(model, optimizer, 'clip-norm=auto'); changes.keep()",
+    )
+
+
+def _whole_norm(parameters: list[Tensor]) -> float:
+    """Return the norm of all gradients together."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(grads))
 
 
 def clip_value(limit: float = 1.0) -> Treatment:
@@ -100,10 +153,9 @@ def adaptive_clip(ratio: float = 0.01) -> Treatment:
         history: deque[float] = deque(maxlen=HISTORY)
 
         def bound(parameters: list[Tensor]) -> None:
-            grads = [p.grad for p in parameters if p.grad is not None]
-            norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
+            norm = _whole_norm(parameters)
             if not math.isfinite(norm):
-                torch._foreach_zero_(grads)
+                torch._foreach_zero_([p.grad for p in parameters if p.grad is not None])
                 return
             for parameter in parameters:
                 _clip_units(parameter, ratio)
