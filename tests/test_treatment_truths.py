@@ -8,10 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unvanish
+from unvanish.treatments import parse_treatment
 from unvanish.treatments.gradients import AUTO_HISTORY
 
 
@@ -175,3 +176,199 @@ def test_one_layer_has_no_rates_per_layer() -> None:
         unvanish.treat(model, optimizer, "layerwise-rates"),
     ):
         pytest.fail("it was applied")
+
+
+# --- limit-units
+
+
+class Skip(nn.Module):
+    """A layer whose units two others read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.a(x))
+        return self.c(hidden + F.relu(self.b(hidden)))
+
+
+class Functional(nn.Module):
+    """Activations, pooling and flattening as calls; a branch of the output in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.line, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 16, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = F.max_pool2d(F.relu(self.conv(x)), 2).flatten(1)  # (batch, 8 * 4 * 4)
+        return {"logits": self.head(F.relu(self.line(x)))}
+
+
+WITH_UNITS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] = {
+    "linear": (lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 1)), (16, 4), ["0"]),
+    "words": (lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (16, 5, 4), ["0"]),
+    "convolutional": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True),
+            nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(72, 1),
+        ),
+        (16, 3, 8, 8), ["0", "2"],
+    ),
+    "line": (
+        lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 1)),
+        (16, 3, 9), ["0"],
+    ),
+    "functional": (Functional, (16, 3, 8, 8), ["conv", "line"]),
+    "skip": (Skip, (16, 4), []),
+}  # fmt: skip
+
+
+def with_dead_units(net: str) -> tuple[nn.Module, Tensor, list[nn.Module]]:
+    """Return a model whose makers of units have dead units 2 and 5, a batch, and these layers."""
+    torch.manual_seed(0)
+    make, shape, names = WITH_UNITS[net]
+    model = make()
+    layers = [model.get_submodule(name) for name in names]
+    with torch.no_grad():
+        for layer in layers:
+            layer.bias.fill_(10.0)  # the others are awake
+            layer.bias[[2, 5]] = -100.0
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.bias[[2, 5]] = -100.0
+    return model, torch.randn(shape), layers
+
+
+def outputs_of(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the outputs of a model, in a mode without dropout."""
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.no_grad():
+        output = model.eval()(x)
+    for module, mode in modes:
+        module.training = mode
+    return output["logits"] if isinstance(output, dict) else output
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, *, steps: int = 3) -> None:
+    """Take some steps."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        output = model(x)
+        output = output["logits"] if isinstance(output, dict) else output
+        (output - 1).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("net", [name for name in WITH_UNITS if name != "skip"])
+def test_dead_units_go_and_the_outputs_stay(net: str, is_training: bool) -> None:
+    """Exactly the dead units are silenced, with what reads them; the outputs on the batch are the same."""
+    model, x, layers = with_dead_units(net)
+    model.train(is_training)
+    reference = outputs_of(model, x)
+    with unvanish.treat(model, None, "limit-units", inputs=(x,)) as changes:
+        (change,) = changes
+        assert change.preserves_function
+        assert change.layers == tuple(WITH_UNITS[net][2])
+        for layer in layers:
+            silent = layer.weight.flatten(1).abs().amax(1) == 0
+            assert silent.nonzero().flatten().tolist() == [2, 5]
+        torch.testing.assert_close(outputs_of(model, x), reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("net", [name for name in WITH_UNITS if name != "skip"])
+def test_silent_units_stay_silent_and_come_back(net: str) -> None:
+    """Momentum and decay do not wake them; undoing brings their weights back bit for bit, and no others."""
+    model, x, layers = with_dead_units(net)
+    first = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
+    train(model, optimizer, x)  # momentum that points at the units
+    before = [layer.weight[[2, 5]].clone() for layer in layers]
+    with unvanish.treat(model, optimizer, "limit-units=0.5", inputs=(x,)):
+        chosen = [(layer.weight.flatten(1).abs().amax(1) == 0).nonzero().flatten() for layer in layers]
+        train(model, optimizer, x)
+        for layer, units in zip(layers, chosen, strict=True):
+            assert len(units) == 4
+            assert {2, 5} <= set(units.tolist())
+            assert not layer.weight[units].any()
+            assert not layer.bias[units].any()
+        trained = model.get_parameter(list(first)[-1]).detach().clone()
+    for layer, rows in zip(layers, before, strict=True):
+        assert torch.equal(layer.weight[[2, 5]], rows)
+    assert torch.equal(model.get_parameter(list(first)[-1]), trained)  # what was learnt meanwhile stays
+
+
+def test_the_units_with_the_largest_effect_stay() -> None:
+    """Of units with effects 4, 1, 3, 2 a share of a half keeps the first and the third."""
+    model = nn.Sequential(nn.Linear(1, 4, bias=False), nn.ReLU(), nn.Linear(4, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[2.0], [1.0], [1.0], [2.0]]))
+        model[2].weight.copy_(torch.tensor([[-2.0, 1.0, 3.0, 1.0]]))
+    with unvanish.treat(model, None, "limit-units=0.5", inputs=(torch.ones(3, 1),)):
+        assert model[0].weight.flatten().tolist() == [2.0, 0.0, 1.0, 0.0]
+        assert model[2].weight.flatten().tolist() == [-2.0, 0.0, 3.0, 0.0]
+
+
+def test_units_that_move_less_than_a_rounding_are_idle() -> None:
+    """A unit with outgoing weights of 1e-9 goes without a value; one with 1e-3 stays."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 2))
+    x = torch.randn(16, 4)
+    with torch.no_grad():
+        model[2].weight[:, 3], model[2].weight[:, 4] = 1e-9, 1e-3
+    with unvanish.treat(model, None, "limit-units", inputs=(x,)):
+        assert model[2].weight.abs().amax(0).eq(0).nonzero().flatten().tolist() == [3]
+
+
+def test_a_layer_that_is_dead_as_a_whole_is_left() -> None:
+    """Silencing every unit would leave nothing that can learn."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)
+    with (
+        pytest.raises(unvanish.TreatmentError, match=r"no unit to silence in 1 hidden layer,.*limit-units=0\.5"),
+        unvanish.treat(model, None, "limit-units", inputs=(torch.randn(4, 4),)),
+    ):
+        pytest.fail("it was applied")
+
+
+def test_units_with_two_readers_are_left() -> None:
+    """A skip connection reads the units too: the network is refused, and nothing changes."""
+    model, x, _ = with_dead_units("skip")
+    with (
+        pytest.raises(unvanish.TreatmentError, match=r"one other such layer reads.*Nothing was changed"),
+        unvanish.treat(model, None, "limit-units=0.5", inputs=(x,)),
+    ):
+        pytest.fail("it was applied")
+
+
+def test_weights_with_a_second_use_are_noticed() -> None:
+    """An autoencoder whose decoder is the transposed encoder is refused: its outputs would change."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.b(F.relu(self.a(x))), self.a.weight)
+
+    torch.manual_seed(0)
+    model = Tied()
+    with torch.no_grad():
+        model.a.bias[1] = -100.0
+    before = [p.detach().clone() for p in model.parameters()]
+    with (
+        pytest.raises(unvanish.TreatmentError, match=r"used elsewhere too. Nothing was changed"),
+        unvanish.treat(model, None, "limit-units", inputs=(torch.randn(8, 4),)),
+    ):
+        pytest.fail("it was applied")
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("value", ["0", "1", "-0.5", "nan", "all"])
+def test_a_share_is_a_share(value: str) -> None:
+    """Values outside (0, 1) are refused in words."""
+    with pytest.raises(unvanish.TreatmentError, match=r"expected a share of the units in \(0, 1\)"):
+        parse_treatment(f"limit-units={value}")

@@ -30,7 +30,7 @@ REMEDIES: dict[str, str] = {
     "weight-decay": "AdamW or SGD with weight_decay, none on biases and norms",
     "dropout": "nn.Dropout after the larger layers",
     "early-stopping": "stop when the validation loss rises, and keep the best weights",
-    "limit-units": "use fewer units",
+    "limit-units": "build the hidden layers narrower",
     "standardise-inputs": "x = (x - mean) / std for each feature, from the training set",
     "standardise-targets": "y = (y - mean) / std from the training set; undo it on the predictions",
     "zero-grad": "call optimizer.zero_grad() before every backward()",

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import TreatmentError
 from .activations import REPLACEMENTS, swap_activation
+from .capacity import limit_units
 from .gradients import adaptive_clip, clip_norm, clip_value, normalise_layers
 from .initialise import he_init, lecun_init, lsuv_init, orthogonal_init, xavier_init
 from .loop import (
@@ -57,6 +58,7 @@ TREATMENTS: Mapping[str, Callable[..., Treatment]] = {
     "weight-decay": weight_decay,
     "dropout": dropout,
     "early-stopping": early_stopping,
+    "limit-units": limit_units,
     "standardise-inputs": standardise_inputs,
     "standardise-targets": standardise_targets,
     "zero-grad": zero_grad,
