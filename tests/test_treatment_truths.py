@@ -282,7 +282,7 @@ def test_silent_units_stay_silent_and_come_back(net: str) -> None:
     """Momentum and decay do not wake them; undoing brings their weights back bit for bit, and no others."""
     model, x, layers = with_dead_units(net)
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9, weight_decay=0.1)
     train(model, optimizer, x)  # momentum that points at the units
     before = [layer.weight[[2, 5]].clone() for layer in layers]
     with unvanish.treat(model, optimizer, "limit-units=0.5", inputs=(x,)):
