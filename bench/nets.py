@@ -25,7 +25,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     inputs: Tensor
     targets: Tensor
-    inside: Callable[[], float] = lambda: 0.0  # CPU seconds spent so far in what watches
+    inside: Callable[[], float] = lambda: 0.0  # seconds spent so far in what watches
 
     def __call__(self, after_backward: Callable[[Tensor], None] | None = None) -> Tensor:
         """Make one training step and return its loss."""

@@ -5,10 +5,12 @@
 Two figures. `ratio`: CPU time of a watched step over that of a bare one. Bare and watched trainings run in two
 processes and take turns, A B B A, one sampling period a turn; the median over the pairs with its quartiles.
 Bare against bare gives 0.95 to 1.05 on a busy machine, so smaller differences are not shown by it.
-`inside`, for ours only: CPU time spent in the watch over CPU time of the bare step, over whole flushes, with
-the dense first steps left out. It resolves what the ratio cannot; it leaves out the calls of the hooks.
+`inside`, for ours only: time spent in the watch, by its own clock, over the time of the bare step, over whole
+flushes, with the dense first steps left out. It resolves what the ratio cannot; it leaves out the calls of the hooks.
+One thread trains: on a machine with nothing else to do this is CPU time, and asking for CPU time itself at each
+hook would cost as much as the hooks of an idle watch.
 
-CPU time is that of the training process: the process that `wandb` starts beside it is not counted.
+The ratio is of CPU time of the training process: the process that `wandb` starts beside it is not counted.
 The peers run where they are installed (`pip install unvanish[bench]`). Nothing goes to the network.
 """
 
@@ -29,13 +31,13 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from nets import NETS, OPTIMIZERS, Training, training
 from torch import Tensor
 
-from unvanish.players import DENSE_STEPS
+from unvanish.players import CHECKED_STEPS, DENSE_STEPS
 from unvanish.watch import Watch
 
 SLOTS = 8  # samples between two flushes
@@ -60,7 +62,6 @@ def unvanish(training: Training, every: int) -> Iterator[AfterBackward | None]:
             [training.optimizer],
             every=every,
             folder=Path(folder) / "run",
-            clock=time.thread_time,
         )
         watch.attach()
         training.inside = lambda: watch.inside
@@ -153,16 +154,24 @@ NEEDS = {"wandb": "wandb", "tensorboard": "tensorboard", "lightning": "lightning
 
 
 def work(pipe: Connection, tool: str, net: str, optimizer: str, every: int) -> None:
-    """Make as many steps as asked for; answer with their CPU seconds and those inside the watch."""
+    """Make as many steps as asked for; answer with CPU seconds, seconds, and seconds inside the watch."""
     torch.set_num_threads(1)
     sys.stdout = sys.stderr  # standard output carries the table only
     one = training(net, optimizer)
     with {"bare": bare, **TOOLS}[tool](one, every) as after_backward:
         while steps := pipe.recv():
-            inside, begin = one.inside(), time.process_time()
+            inside, begin, cpu = one.inside(), time.perf_counter(), time.process_time()
             for _ in range(steps):
                 one(after_backward)
-            pipe.send((time.process_time() - begin, one.inside() - inside))
+            pipe.send((time.process_time() - cpu, time.perf_counter() - begin, one.inside() - inside))
+
+
+class Cost(NamedTuple):
+    """What one step took, in seconds."""
+
+    cpu: float
+    wall: float
+    inside: float
 
 
 class Worker:
@@ -179,11 +188,10 @@ class Worker:
         self.process.start()
         theirs.close()
 
-    def __call__(self, steps: int) -> tuple[float, float]:
-        """Make some steps; return CPU seconds and CPU seconds inside the watch, of one step."""
+    def __call__(self, steps: int) -> Cost:
+        """Make some steps; return what one of them took."""
         self.pipe.send(steps)
-        seconds, inside = self.pipe.recv()
-        return seconds / steps, inside / steps
+        return Cost(*(seconds / steps for seconds in self.pipe.recv()))
 
     def close(self) -> None:
         """End the training."""
@@ -198,13 +206,14 @@ def measure(tool: str, net: str, optimizer: str, every: int, pairs: int) -> dict
     period = 1 if every == IDLE else every
     try:
         plain(2)
-        # Past the dense first steps, and to the beginning of a sampling period.
-        watched((period * (-(-2 * DENSE_STEPS // period))) if tool == "unvanish" else 3)
+        # Past the dense first steps, and to the beginning of a sampling period; idle is what comes after all checks.
+        warm = CHECKED_STEPS if every == IDLE else 2 * DENSE_STEPS
+        watched((period * -(-warm // period)) if tool == "unvanish" else 3)
         ratios, base = [], []
         for _ in range(pairs):
             a1, b1, b2, a2 = plain(period), watched(period), watched(period), plain(period)
-            ratios.append((b1[0] + b2[0]) / (a1[0] + a2[0]))
-            base += [a1[0], a2[0]]
+            ratios.append((b1.cpu + b2.cpu) / (a1.cpu + a2.cpu))
+            base += [a1.cpu, a2.cpu]
         row = {"tool": tool, "net": net, "optimizer": optimizer, "every": "idle" if every == IDLE else every}
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         row |= {"ratio": round(middle, 4), "low": round(low, 4), "high": round(high, 4), "inside": None}
@@ -217,13 +226,13 @@ def measure(tool: str, net: str, optimizer: str, every: int, pairs: int) -> dict
 
 
 def share_inside(watched: Worker, plain: Worker, every: int, period: int) -> float:
-    """Return the CPU time inside the watch over that of the bare step, over at least one whole flush."""
+    """Return the time inside the watch over that of the bare step, over at least one whole flush."""
     parts, steps = 4, (LEAST_STEPS if every == IDLE else max(SLOTS * period, LEAST_STEPS))
     inside = base = 0.0
     for _ in range(parts):
-        base += plain(max(steps // parts // 4, 1))[0]
-        inside += watched(max(steps // parts, 1))[1]
-        base += plain(max(steps // parts // 4, 1))[0]
+        base += plain(max(steps // parts // 4, 1)).wall
+        inside += watched(max(steps // parts, 1)).inside
+        base += plain(max(steps // parts // 4, 1)).wall
     return 2 * inside / base
 
 

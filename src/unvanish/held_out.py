@@ -27,7 +27,7 @@ class HeldOut:
         self._guard = guard
         self._handles: list[Any] = []
         self._criteria: WeakSet[nn.Module] = WeakSet()
-        self._values: list[Tensor] = []
+        self.waiting: list[Tensor] = []  # losses since the last `take`
         self._evaluations = 0
 
     def meet(self, criterion: nn.Module) -> None:
@@ -37,24 +37,19 @@ class HeldOut:
             self._handles.append(criterion.register_forward_hook(self._guard(self._after_call)))
 
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(self._values) >= MAX_WAITING:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(self.waiting) >= MAX_WAITING:
             return
         if isinstance(output, Tensor) and output.numel() == 1 and output.is_floating_point():
-            self._values.append(output.detach().reshape(()).clone())
-
-    @property
-    def is_waiting(self) -> bool:
-        """Say whether an evaluation ran since the last `take`."""
-        return bool(self._values)
+            self.waiting.append(output.detach().reshape(()).clone())
 
     def take(self) -> float | None:
         """Return the mean loss of the evaluation that has just ended, if there was one worth a record.
 
         The record of evaluations is bounded: all of the first 64, then every second, every fourth, ...
         """
-        if not self._values:
+        if not self.waiting:
             return None
-        values, self._values = self._values, []
+        values, self.waiting = self.waiting, []
         self._evaluations += 1
         stride = 1 << max((self._evaluations // 64).bit_length() - 1, 0)
         return float(torch.stack(values).mean()) if self._evaluations % stride == 0 else None

@@ -15,6 +15,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .assemble import layer_measures, step_scalars
@@ -43,7 +45,8 @@ from .roster import Member, Roster, parameter_ids
 from .staging import Slot, Stage
 from .trace import Recorder
 
-FLUSH_LOSSES = 256
+FLUSH_LOSSES = 64  # so many steps apart it is looked whether losses have waited too long
+FLUSH_SECONDS = 30.0
 SETTLED = 3  # the step after which it shows whether units stay copies of each other
 MAX_PENDING = 4096  # losses that wait for a step
 DORMANT = 50  # steps of others after which an optimiser no longer asks for samples
@@ -83,6 +86,7 @@ class Watch:
         self._optimizers = tuple(getattr(o, "optimizer", o) for o in optimizers)
         self._clock = clock
         self._capture = Capture(self.roster, self._guard)
+        self._held_out = self._capture.held_out
         self._players: dict[int, Player] = {}  # by the id of the optimiser
         self._kinds: Counter[str] = Counter()
         self._last_player: Player | None = None
@@ -92,6 +96,7 @@ class Watch:
         self._nonfinite_seen = False
         self._found: dict[str, Any] | None = None  # of a loss that was not finite, until a step follows
         self._backward_calls = 0
+        self._has_marks = False  # whether an optimiser's gradient was there after its step
         self._reads_backward = True  # whether there is something to read after the running backward pass
         self._active = False
         self._was_attached = False
@@ -105,6 +110,7 @@ class Watch:
         self._scale: Tensor | None = None  # of the running backward pass
         self._start = time.perf_counter()
         self._described = (-1.0, 0)
+        self._flushed = time.perf_counter()
 
     # Attaching -------------------------------------------------------------------------------------
 
@@ -226,7 +232,7 @@ class Watch:
 
         @functools.wraps(callback)
         def guarded(*args: Any, **kwargs: Any) -> None:
-            if torch.compiler.is_compiling() or not self._active:  # first: nothing else may be traced
+            if is_dynamo_compiling() or not self._active:  # first: nothing else may be traced
                 return
             begin = clock()
             try:
@@ -301,23 +307,29 @@ class Watch:
     def _before_backward(self, tensors: Any) -> None:
         self._backward_calls += 1
         self._reads_backward = self._sampling
-        for player in self._players.values():
-            if player.mark is not None:
-                look_whether_cleared(player)
-                self._reads_backward |= player.mark is not None
-        if type(tensors) is Tensor and self._scaler is None and tensors.ndim == 0 and tensors.is_cpu:
+        if self._has_marks:
+            self._look_at_marks()
+        if type(tensors) is Tensor and self._scaler is None and tensors.is_cpu and tensors.ndim == 0:
             loss, value = tensors, tensors.item()  # the usual case, kept short
         else:
             loss, value = self._read_loss(tensors)
         if value is None or isinstance(value, complex):
             return
-        if len(self._pending.values) >= MAX_PENDING:  # no optimiser of torch's steps here
-            self._pending.values.clear()
-        self._pending.values.append(value)
-        if isinstance(value, float) and not math.isfinite(value):
+        values = self._pending.values
+        if len(values) >= MAX_PENDING:  # no optimiser of torch's steps here
+            values.clear()
+        values.append(value)
+        if type(value) is float and not isfinite(value):
             self._note_nonfinite(loss, value)
         if self._sampling and (self._capture.is_armed or self._capture.compiled):
             self._capture.read_graph(loss)
+
+    def _look_at_marks(self) -> None:
+        """Note which optimisers' gradients were cleared; what was not has to be read after the backward pass."""
+        for player in self._players.values():
+            look_whether_cleared(player)
+        self._has_marks = any(player.mark is not None for player in self._players.values())
+        self._reads_backward |= self._has_marks
 
     def _read_loss(self, tensors: Any) -> tuple[Any, Any]:
         """Return the tensor that is the loss and its value; None for what is no single number."""
@@ -356,7 +368,7 @@ class Watch:
                 player.mark = (player.mark[0], player.mark[0]._version)
 
     def _step_begins(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling():
             return
         self._pending.before_step = len(self._pending.values)
         if self._sampling or id(optimizer) not in self._players:  # else nothing is to be done: the quick way
@@ -369,13 +381,13 @@ class Watch:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         player = self._players.get(id(optimizer))
-        if player is None or player.optimizer is not optimizer:
+        if player is None or player.reference() is not optimizer:
             return
         self._scaled = 0
         if player.has_found_inf and self._was_left_out(player, optimizer):
             self._note_skipped(optimizer)
             return
-        if self._capture.held_out.is_waiting:
+        if self._held_out.waiting:
             self._note_held_out()
         if self._found is not None:
             self._place_event(player)
@@ -390,11 +402,12 @@ class Watch:
         player.is_checked = player.steps < CHECKED_STEPS or player.steps % CHECKED_EVERY == 0
         if player.is_checked:
             mark_gradient(player, optimizer)
+            self._has_marks |= player.mark is not None
         elif player.mark is not None:
             player.mark = None
         if self._sampling or len(self._players) > 1 or player.is_due(self.every):
             self._plan_next()
-        if len(self._pending.stepped) >= FLUSH_LOSSES:
+        if len(self._pending.stepped) % FLUSH_LOSSES == 0 and time.perf_counter() - self._flushed > FLUSH_SECONDS:
             self._flush()
 
     def _was_left_out(self, player: Player, optimizer: Any) -> bool:
@@ -572,6 +585,7 @@ class Watch:
 
     def _flush(self) -> None:
         """Turn what waits into rows of the record."""
+        self._flushed = time.perf_counter()
         stage, pending = self._capture.stage, self._pending
         fetched = stage.flush() if stage is not None else None
         losses = [(stream, step, value) for stream, step, value in fetch_losses(pending.stepped)]
