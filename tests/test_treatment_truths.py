@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -372,3 +375,191 @@ def test_a_share_is_a_share(value: str) -> None:
     """Values outside (0, 1) are refused in words."""
     with pytest.raises(unvanish.TreatmentError, match=r"expected a share of the units in \(0, 1\)"):
         parse_treatment(f"limit-units={value}")
+
+
+# --- augmentation
+
+
+AUGMENTATIONS = ("augment-rotate", "augment-noise", "augment-smooth", "augment-mirror", "augment-rotate-crop")
+
+
+class Seeing(nn.Module):
+    """Hands out the images that reached it, and has a weight and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.drop = nn.Parameter(torch.ones(1)), nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x
+        return self.drop(self.scale * x.flatten(1).mean(1))
+
+
+def varied(treatment: str, images: Tensor) -> Tensor:
+    """Return what a treated model in training sees of these images."""
+    model = Seeing()
+    with unvanish.treat(model, None, treatment, inputs=(images,)):
+        model(images)
+    return model.seen
+
+
+@pytest.mark.parametrize("treatment", AUGMENTATIONS)
+def test_images_are_varied_only_in_training(treatment: str) -> None:
+    """In training each image of a batch changes in its own way; in evaluation, and without gradients, none does."""
+    torch.manual_seed(0)
+    model, images = Seeing(), torch.rand(1, 3, 12, 10).repeat(8, 1, 1, 1)
+    kept = images.clone()
+    with unvanish.treat(model, None, treatment, inputs=(images,)):
+        model(images)
+        assert model.seen.shape == images.shape
+        assert not torch.equal(model.seen, images)
+        assert not torch.equal(model.seen, model.seen[:1].expand_as(images))
+        first = model.seen
+        model(images)
+        assert not torch.equal(first, model.seen)
+        with torch.no_grad():
+            model(images)
+        assert model.seen is images
+        model.eval()(images)
+        assert model.seen is images
+    assert torch.equal(images, kept)
+    model.train()(images)
+    assert model.seen is images
+
+
+@pytest.mark.parametrize("treatment", AUGMENTATIONS)
+def test_other_draws_of_the_training_stay(treatment: str) -> None:
+    """The order of the data, dropout, NumPy and Python draw what they would have drawn; the seed gives the images."""
+    ends, seen = [], []
+    for treatments in ((), (treatment,), (treatment,)):
+        torch.manual_seed(3), np.random.seed(3), random.seed(3)
+        model, images = Seeing(), torch.rand(4, 1, 8, 8)
+        draws = []
+        with unvanish.treat(model, None, *treatments, inputs=(images,)):
+            for _ in range(3):
+                output = model(images)
+                draws += [(output == 0).tolist(), torch.randperm(9).tolist(), np.random.rand(), random.random()]
+        ends.append(draws)
+        seen.append(model.seen)
+    assert ends[0] == ends[1] == ends[2]
+    assert torch.equal(seen[1], seen[2])
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_mirrored_images_are_flipped() -> None:
+    """With share 1 each image is its mirror image; by default about a half are, and the others stay."""
+    images = torch.rand(400, 1, 3, 5)
+    assert torch.equal(varied("augment-mirror=1", images), images.flip(-1))
+    flipped = (varied("augment-mirror", images) == images.flip(-1)).flatten(1).all(1)
+    stayed = (varied("augment-mirror", images) == images).flatten(1).all(1)
+    assert 150 < int(flipped.sum()) < 250  # five standard deviations
+    assert int(flipped.sum()) + int(stayed.sum()) == 400
+
+
+def test_noise_has_a_share_of_the_spread() -> None:
+    """What is added has mean 0 and the given share of the batch's spread, whatever the scale of the pixels."""
+    torch.manual_seed(0)
+    for scale in (1.0, 255.0):
+        images = scale * torch.rand(16, 3, 32, 32)
+        noise = varied("augment-noise=0.2", images) - images
+        assert float(noise.std()) == pytest.approx(0.2 * float(images.std()), rel=0.02)
+        assert abs(float(noise.mean())) < 0.005 * scale
+
+
+def test_smoothing_averages() -> None:
+    """Constant images stay; about half of the others lose spread, none gains any, and the mean stays."""
+    torch.manual_seed(0)
+    constant = torch.full((8, 1, 9, 9), 3.0)
+    torch.testing.assert_close(varied("augment-smooth", constant), constant)
+    images = torch.rand(200, 1, 32, 32)
+    smooth = varied("augment-smooth=2", images)
+    assert (smooth.flatten(1).std(1) <= images.flatten(1).std(1) + 1e-6).all()
+    stayed = (smooth == images).flatten(1).all(1)
+    assert 65 < int(stayed.sum()) < 135  # five standard deviations
+    assert (smooth[~stayed].flatten(1).std(1) < 0.95 * images[~stayed].flatten(1).std(1)).float().mean() > 0.7
+    torch.testing.assert_close(smooth.mean(), images.mean(), rtol=1e-2, atol=0)
+
+
+def bump(height: int, width: int) -> Tensor:
+    """Return an image that a turn around its middle does not change."""
+    rows, columns = torch.arange(height) - (height - 1) / 2, torch.arange(width) - (width - 1) / 2
+    return torch.exp(-(rows[:, None] ** 2 + columns**2) / 18)[None, None]
+
+
+def test_a_turn_keeps_what_is_round() -> None:
+    """A round bump stays within the error of interpolation, a bar does not; free corners are 0."""
+    round_images = bump(17, 17).repeat(8, 1, 1, 1)
+    bound = 2 * (1 / 9) / 8  # two directions, largest second derivative, linear interpolation
+    torch.testing.assert_close(varied("augment-rotate=90", round_images), round_images, rtol=0, atol=bound)
+    bar = torch.zeros(8, 1, 17, 17)
+    bar[..., 8, :] = 1.0
+    assert float((varied("augment-rotate=90", bar) - bar).abs().amax()) > 0.5
+    ones = varied("augment-rotate=45", torch.ones(64, 1, 17, 17))
+    assert float(ones[:, :, 0, 0].min()) == 0.0
+    torch.testing.assert_close(ones[:, :, 4:13, 4:13], torch.ones(64, 1, 9, 9))
+
+
+@pytest.mark.parametrize("shape", [(17, 17), (12, 20), (20, 9)])
+@pytest.mark.parametrize("degrees", [30, 180])
+def test_a_turned_crop_reads_no_pixel_from_outside(shape: tuple[int, int], degrees: int) -> None:
+    """Of a plane it makes a plane, up to the corners, that some corner of one image nearly reaches (exact zoom)."""
+    height, width = shape
+    rows, columns = torch.meshgrid(
+        torch.arange(height) - (height - 1) / 2, torch.arange(width) - (width - 1) / 2, indexing="ij"
+    )
+    planes = torch.stack([rows, columns])[None].repeat(64, 1, 1, 1)
+    turned = varied(f"augment-rotate-crop={degrees}", planes)
+    for dim in (2, 3):
+        torch.testing.assert_close(turned.diff(2, dim), torch.zeros_like(turned.diff(2, dim)), rtol=0, atol=1e-4)
+    reach = (turned.abs().amax((2, 3)) / torch.tensor([(height - 1) / 2, (width - 1) / 2])).amax(1)
+    torch.testing.assert_close(reach, torch.ones(64), rtol=0, atol=1e-4)  # no larger crop would fit
+    # distances grow by one factor in all directions: turned, not sheared
+    along, down = turned.diff(dim=3)[..., 0, 0], turned.diff(dim=2)[..., 0, 0]
+    torch.testing.assert_close((along * down).sum(1), torch.zeros(64), rtol=0, atol=1e-4)
+    torch.testing.assert_close(along.norm(dim=1), down.norm(dim=1), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "found"),
+    [
+        ((), "no batch"),
+        ((torch.rand(4, 64),), r"shape \(4, 64\)"),
+        ((torch.rand(3, 8, 8),), r"shape \(3, 8, 8\)"),
+        ((torch.zeros(4, 3, 8, 8, dtype=torch.uint8),), "torch.uint8"),
+        (({"pixels": 1},), "type dict"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused(inputs: tuple[object, ...], found: str) -> None:
+    """Flat, single, integer and missing images are named, with what was expected."""
+    with (
+        pytest.raises(unvanish.TreatmentError, match=rf"found .*{found}.*expected floating-point images.*Nothing was"),
+        unvanish.treat(Seeing(), None, "augment-rotate", inputs=inputs),
+    ):
+        pytest.fail("it was applied")
+
+
+@pytest.mark.parametrize("text", ["augment-rotate=0", "augment-rotate=200", "augment-mirror=2", "augment-noise=-1"])
+def test_impossible_amounts_are_refused(text: str) -> None:
+    """Angles, shares and scales out of range say so before anything is touched."""
+    with pytest.raises(unvanish.TreatmentError, match=r"expected a.*Nothing was changed"):
+        parse_treatment(text)
+
+
+def test_a_missing_kornia_is_one_line_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the extra the message says what to install."""
+    monkeypatch.setitem(sys.modules, "kornia.augmentation", None)
+    with (
+        pytest.raises(unvanish.TreatmentError, match=r"found none.*Run: pip install 'unvanish\[augment\]'"),
+        unvanish.treat(Seeing(), None, "augment-noise", inputs=(torch.rand(2, 1, 4, 4),)),
+    ):
+        pytest.fail("it was applied")
+
+
+def test_kornia_is_loaded_only_where_it_is_used() -> None:
+    """Neither the package nor its treatments import kornia, nor does naming an augmentation."""
+    code = (
+        "import sys, unvanish, unvanish.treat, unvanish.inject\n"
+        "unvanish.treatments.parse_treatment('augment-rotate')\n"
+        "sys.exit(any(name.split('.')[0] == 'kornia' for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import TreatmentError
 from .activations import REPLACEMENTS, swap_activation
+from .augment import augment_mirror, augment_noise, augment_rotate, augment_rotate_crop, augment_smooth
 from .capacity import limit_units
 from .gradients import adaptive_clip, clip_norm, clip_value, normalise_layers
 from .initialise import he_init, lecun_init, lsuv_init, orthogonal_init, xavier_init
@@ -59,6 +60,11 @@ TREATMENTS: Mapping[str, Callable[..., Treatment]] = {
     "dropout": dropout,
     "early-stopping": early_stopping,
     "limit-units": limit_units,
+    "augment-rotate": augment_rotate,
+    "augment-noise": augment_noise,
+    "augment-smooth": augment_smooth,
+    "augment-mirror": augment_mirror,
+    "augment-rotate-crop": augment_rotate_crop,
     "standardise-inputs": standardise_inputs,
     "standardise-targets": standardise_targets,
     "zero-grad": zero_grad,
