@@ -563,3 +563,96 @@ def test_kornia_is_loaded_only_where_it_is_used() -> None:
         "sys.exit(any(name.split('.')[0] == 'kornia' for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+
+
+# --- logits-loss
+
+
+def squashed(squash: nn.Module, outputs: int = 1) -> nn.Sequential:
+    """Return a small network that ends in a squash."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, outputs), squash)
+
+
+REGRESSIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": F.mse_loss,
+    "huber": F.huber_loss,
+    "l1 of a column": lambda p, y: F.l1_loss(p.squeeze(1), y.squeeze(1)),
+    "by hand": lambda p, y: ((y - p) ** 2).mean(),
+    "scaled, as with mixed precision": lambda p, y: 1024 * F.mse_loss(p, y),
+    "one of two terms": lambda p, y: F.mse_loss(p, y) + 1e-3 * p.square().mean(),
+}
+
+
+@pytest.mark.parametrize("squash", [nn.Sigmoid, nn.Tanh])
+@pytest.mark.parametrize("loss", REGRESSIONS)
+def test_a_squash_in_regression_is_gone_for_predictions_too(loss: str, squash: type[nn.Module]) -> None:
+    """Trained and asked, the network is the very one without the squash; undone, it is squashed again."""
+    x, y = torch.randn(32, 3), 5 + torch.randn(32, 1)
+    model = squashed(squash())
+    plain = squashed(nn.Identity())
+    with unvanish.treat(model, None, "logits-loss"):
+        for net in (model, plain):
+            optimizer = torch.optim.SGD(net.parameters(), lr=1e-5)
+            for _ in range(5):
+                optimizer.zero_grad()
+                REGRESSIONS[loss](net(x), y).backward()
+                optimizer.step()
+        with torch.no_grad():
+            assert torch.equal(model.eval()(x), plain(x))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), squash()(plain(x)))
+
+
+CLASSIFICATIONS: dict[str, tuple[nn.Module, int, Callable[[Tensor], Tensor]]] = {
+    "cross-entropy": (nn.Softmax(1), 3, lambda p: F.cross_entropy(p, torch.arange(32) % 3)),
+    "two classes": (nn.Sigmoid(), 1, lambda p: F.binary_cross_entropy_with_logits(p, torch.ones(32, 1))),
+    "of a kind of its own": (nn.Sigmoid(), 1, lambda p: p.exp().mean()),
+}
+
+
+@pytest.mark.parametrize("loss", CLASSIFICATIONS)
+def test_predictions_of_a_classifier_stay_squashed(loss: str) -> None:
+    """The loss gets logits; without gradients the network gives probabilities, before and after the first step."""
+    squash, outputs, judge = CLASSIFICATIONS[loss]
+    model, x = squashed(squash, outputs), torch.randn(32, 3)
+    probabilities = model(x).detach()
+    with unvanish.treat(model, None, "logits-loss"):
+        for _ in range(2):
+            with torch.no_grad():
+                assert torch.equal(model(x), probabilities)
+            logits = model(x)
+            torch.testing.assert_close(logits, model[2](model[1](model[0](x))))
+            judge(logits).backward()
+
+
+def test_the_loss_of_another_network_says_nothing() -> None:
+    """A regression beside it does not make a classifier's predictions raw."""
+    model, other, x = squashed(nn.Sigmoid()), nn.Linear(3, 1), torch.randn(32, 3)
+    with unvanish.treat(model, None, "logits-loss"):
+        logits = model(x)
+        F.mse_loss(other(x), x[:, :1]).backward()
+        F.binary_cross_entropy_with_logits(logits, torch.ones(32, 1)).backward()
+        with torch.no_grad():
+            assert torch.equal(model(x), torch.sigmoid(logits))
+
+
+def test_a_known_regression_is_raw_from_the_start() -> None:
+    """The fact of an untreated run spares the look at the loss."""
+    model, x = squashed(nn.Tanh()), torch.randn(4, 3)
+    with unvanish.treat(model, None, "logits-loss", facts={"is_regression": 1.0}), torch.no_grad():
+        assert torch.equal(model(x), model[2](model[1](model[0](x))))
+
+
+def test_backward_is_wrapped_for_one_look_only() -> None:
+    """After the first loss, or on leaving, `torch.autograd.backward` is the function that it was."""
+    original = torch.autograd.backward
+    model, x = squashed(nn.Sigmoid()), torch.randn(4, 3)
+    with unvanish.treat(model, None, "logits-loss"):
+        output = model(x)
+        assert torch.autograd.backward is not original
+        F.mse_loss(output, x[:, :1]).backward()
+        assert torch.autograd.backward is original
+    with unvanish.treat(model, None, "logits-loss"):
+        model(x)
+    assert torch.autograd.backward is original

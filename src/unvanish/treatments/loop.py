@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -10,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..diagnose.loss_graph import REGRESSION
 from ..errors import TreatmentError
+from ..graph import key, prediction_and_target, walk
 from ..layers import looks_fresh, own_parameters
 from ..records import Change
 from .treatment import Patient, Steps, Treatment, group_of, owned_by_optimizer
@@ -129,9 +133,30 @@ def _around_forward(model: nn.Module, before: Callable[[], Any], after: Callable
 
 
 def logits_loss() -> Treatment:
-    """Give the loss what stands before the network's last softmax or sigmoid; predictions stay as they are."""
+    """Give the loss what stands before the network's last softmax, sigmoid or tanh.
+
+    Predictions of a classifier stay as they are: squashed. In regression the network is fitted by what the loss gets,
+    so predictions are that too, and the squash is gone also where gradients are off. Which of both it is, a fact
+    ``is_regression`` says, or the first loss that is computed from the raw output (mse, l1, huber, or a difference
+    that is squared by hand); until then, and with a loss of an unknown kind, predictions are squashed.
+
+    A squash that the network does not end in (the output is scaled afterwards) is left. `torch.nn.BCELoss` takes
+    probabilities and refuses logits: with it nothing is to be cured.
+
+    Example:
+        >>> import unvanish
+        >>> model = nn.Sequential(nn.Linear(1, 1), nn.Sigmoid())
+        >>> x, y = torch.ones(4, 1), torch.full((4, 1), 5.0)
+        >>> with unvanish.treat(model, None, "logits-loss"):
+        ...     nn.functional.mse_loss(model(x), y).backward()
+        ...     with torch.no_grad():
+        ...         print(torch.equal(model(x), model[0](x)))
+        True
+    """
 
     def apply(patient: Patient) -> Steps:
+        kind = _KindOfLoss(is_regression=bool(patient.facts.get("is_regression")))
+
         def before() -> _LastSquash:
             mode = _LastSquash()
             mode.__enter__()  # type: ignore[no-untyped-call]
@@ -139,14 +164,19 @@ def logits_loss() -> Treatment:
 
         def after(mode: _LastSquash, output: Any) -> Any:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            if torch.is_grad_enabled() and mode.taken is not None and output is mode.taken[1]:
-                return mode.taken[0]
-            return output
+            if mode.taken is None or output is not mode.taken[1]:
+                return output
+            raw = mode.taken[0]
+            if torch.is_grad_enabled():
+                kind.expect(raw)
+                return raw
+            return raw if kind.is_regression else output
 
         handles = _around_forward(patient.model, before, after)
         try:
-            yield Change("logits-loss", "the loss gets logits while training")
+            yield Change("logits-loss", "the loss gets what stands before the last squash")
         finally:
+            kind.stop()
             for handle in handles:
                 handle.remove()
 
@@ -154,6 +184,61 @@ def logits_loss() -> Treatment:
         "logits-loss", apply,
         code="# return the logits from forward(); apply softmax or sigmoid only where you need probabilities",
     )  # fmt: skip
+
+
+_MAX_RAW = 1000  # outputs that are kept in mind until one is trained on
+
+
+class _KindOfLoss:
+    """Reads once, at the first backward pass from a raw output, whether the loss is one of regression.
+
+    The forward pass cannot know what its output is for; only the graph of the loss says it, and only `backward` is
+    given the loss. So that function is wrapped for this one call.
+    """
+
+    def __init__(self, *, is_regression: bool) -> None:
+        self.is_regression = is_regression
+        self._is_settled = is_regression
+        self._raw: deque[int] = deque(maxlen=_MAX_RAW)  # keys of the nodes that made raw outputs
+        self._undo: Callable[[], None] | None = None
+
+    def expect(self, raw: Tensor) -> None:
+        """Look out for a loss that is computed from ``raw``."""
+        if self._is_settled or raw.grad_fn is None:
+            return
+        self._raw.append(key(raw.grad_fn))
+        if self._undo is None:
+            self._wrap()
+
+    def stop(self) -> None:
+        """Stop looking, and take the wrapper off."""
+        self._is_settled = True
+        if self._undo is not None:
+            self._undo()
+
+    def _wrap(self) -> None:
+        original = torch.autograd.backward
+
+        @functools.wraps(original)
+        def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._is_settled:
+                self._read(tensors)
+            return original(tensors, *args, **kwargs)
+
+        def undo() -> None:
+            if torch.autograd.backward is backward:  # else someone wrapped it later; ours only passes on by then
+                torch.autograd.backward = original
+
+        self._undo = undo
+        torch.autograd.backward = backward
+
+    def _read(self, tensors: Any) -> None:
+        for tensor in (tensors,) if isinstance(tensors, Tensor) else tensors:
+            nodes = [] if tensor.grad_fn is None else walk(tensor.grad_fn)[0]
+            if not {key(node) for node in nodes}.isdisjoint(self._raw):
+                self.is_regression = prediction_and_target(nodes, ())[2] in REGRESSION
+                self.stop()
+                return
 
 
 def match_target_shape() -> Treatment:
