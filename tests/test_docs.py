@@ -23,6 +23,8 @@ import unvanish
 from tests.test_layout import ORDER as STAGES
 from tests.traces import make_trace
 from unvanish.diagnose.ranking import ORDER
+from unvanish.report.remedies import REMEDIES
+from unvanish.treatments import TREATMENTS
 
 ROOT = Path(__file__).parents[1]
 DIAGNOSE = ROOT / "src/unvanish/diagnose"
@@ -175,6 +177,19 @@ def test_treatments_in_the_table_are_those_of_the_rules() -> None:
                 assert f'"{treatment}"' in code, f"{row[0]}: {treatment}"
 
 
+def test_every_treatment_has_a_row() -> None:
+    """The table of docs/treatments.md lists each treatment once, with the value that it has and what it keeps."""
+    rows = [row for row in table_rows(ROOT / "docs/treatments.md") if len(row) == 5 and row[0].startswith("`")]
+    assert sorted(row[0].strip("`") for row in rows) == sorted(TREATMENTS)
+    for row in rows:
+        treatment = TREATMENTS[row[0].strip("`")]()
+        assert row[1], row[0]
+        assert row[3].split(";")[0].split(",")[0] == ("yes" if treatment.preserves_function else "no"), row[0]
+        value = treatment.value or "none"
+        assert value == "none" or f"[{value}]" in row[2], row[0]
+        assert treatment.id.split("=")[0] in REMEDIES, row[0]
+
+
 def thresholds() -> dict[str, float]:
     """Return the public numeric constants of the rules."""
     found = {}
@@ -229,7 +244,7 @@ def test_every_cited_work_is_listed() -> None:
     cited = cited_by_rules()
     assert len(cited) > 10
     for page in PAGES:
-        cited |= authors(prose(page)) if page.name == "diagnose.md" else set()
+        cited |= authors(prose(page)) if page.name in ("diagnose.md", "treatments.md") else set()
     for author, year in cited:
         assert any(entry.startswith(author) and entry.endswith(year) for entry in listed), f"{author} {year}"
 
@@ -268,8 +283,8 @@ def test_architecture_lists_the_modules_in_their_order() -> None:
 
 
 def test_inner_modules_are_named_in_the_architecture() -> None:
-    """ARCHITECTURE.md names each module inside diagnose/ and report/."""
+    """ARCHITECTURE.md names each module inside diagnose/, treatments/ and report/."""
     text = prose(ROOT / "ARCHITECTURE.md")
-    for folder in ("diagnose", "report"):
+    for folder in ("diagnose", "treatments", "report"):
         for file in (ROOT / "src/unvanish" / folder).glob("*.py"):
             assert f"`{file.stem}`" in text, f"{folder}/{file.name}"
