@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from scipy import stats
 from tests.traces import make_trace
 from unvanish import Recording
 from unvanish.candidates import FOR_ILLNESS, MAX_CANDIDATES, candidates, combined
-from unvanish.cure import Cure, Outcome, RunTrial, cure, paired_test
+from unvanish.cure import Cure, Outcome, Request, RunTrials, cure, paired_test
 from unvanish.diagnose.ranking import ORDER
 from unvanish.records import Finding, Findings
 from unvanish.treatments import TREATMENTS
@@ -21,17 +22,22 @@ from unvanish.treatments import TREATMENTS
 STEPS = 600
 
 
-def trials(levels: dict[tuple[str, ...], float], *, noise: float = 0.05, seed: int = 0) -> RunTrial:
+def one_by_one(run: Callable[[Request], Outcome]) -> RunTrials:
+    """Return trials that run one after the other."""
+    return lambda requests: map(run, requests)
+
+
+def trials(levels: dict[tuple[str, ...], float], *, noise: float = 0.05, seed: int = 0) -> RunTrials:
     """Return trials of a script that forgets to clear gradients: the loss each combination ends with; 1 for others."""
     rng = np.random.default_rng(seed)
 
-    def run(treatments: tuple[str, ...], steps: int, seed: int, facts: dict[str, float]) -> Outcome:
-        count = steps or STEPS
-        level = levels.get(treatments, 1.0) * math.exp(noise * rng.standard_normal())
-        facts_of_run = {"uncleared_steps": count - 1, "checked_steps": count - 1} if not treatments else {}
+    def run(request: Request) -> Outcome:
+        count = request.steps or STEPS
+        level = levels.get(request.treatments, 1.0) * math.exp(noise * rng.standard_normal())
+        facts_of_run = {"uncleared_steps": count - 1, "checked_steps": count - 1} if not request.treatments else {}
         return Outcome(Recording({}, (make_trace(level, steps=count, facts=facts_of_run),)))
 
-    return run
+    return one_by_one(run)
 
 
 def test_a_cure_is_found_and_verified() -> None:
@@ -48,11 +54,11 @@ def test_a_cure_is_found_and_verified() -> None:
 def test_a_healthy_run_needs_nothing() -> None:
     """One run of the script is all that is spent on a healthy one."""
 
-    def run(treatments: tuple[str, ...], steps: int, seed: int, facts: dict[str, float]) -> Outcome:
-        assert not treatments
+    def run(request: Request) -> Outcome:
+        assert not request.treatments
         return Outcome(Recording({}, (make_trace(steps=STEPS),)))
 
-    state = cure(run)
+    state = cure(one_by_one(run))
     assert not state.is_needed
     assert state.winner is None
     assert state.used == STEPS
@@ -67,8 +73,9 @@ def test_treatments_that_do_nothing_rarely_win() -> None:
 def test_a_trial_that_fails_is_told_and_the_rest_go_on() -> None:
     """An error in one trial is kept with it; a search in which all fail ends without a winner."""
 
-    def run(treatments: tuple[str, ...], steps: int, seed: int, facts: dict[str, float]) -> Outcome:
-        return trials({})(treatments, steps, seed, facts) if not treatments else Outcome(None, error="it crashed")
+    def run(requests: Sequence[Request]) -> Iterator[Outcome]:
+        for request in requests:
+            yield Outcome(None, error="it crashed") if request.treatments else next(iter(trials({})([request])))
 
     heard: list[int] = []
     state = cure(run, told=lambda so_far: heard.append(len(so_far.trials)))

@@ -57,17 +57,22 @@ FOR_ILLNESS: Mapping[str, tuple[Combination, ...]] = {
     "overfitting": (("weight-decay=0.01",), ("dropout",), ("early-stopping",)),
     "unlearnable-labels": (("raise-lr=10",), ("lower-lr=0.1",)),
 }
+MISTAKES = ("broadcast-loss", "missing-zero-grad", "output-loss-mismatch")  # of the script; mended first, whatever else
 MAX_CANDIDATES = 8
 
 
 def candidates(findings: Findings, *, most: int = MAX_CANDIDATES) -> tuple[Combination, ...]:
-    """Return what to try: for the first finding first, then for the others and for what follows from them."""
+    """Return what to try: for the first finding first, then for the others and for what follows from them.
+
+    A mistake in the script is mended in all of them: another treatment may hide it, and is no substitute.
+    """
     illnesses = [finding.illness for finding in findings if finding.severity != "info"]
     folded = [illness for finding in findings for illness in finding.folded]
-    found: dict[Combination, None] = {}
+    mended = tuple(treatment for illness in illnesses if illness in MISTAKES for treatment in FOR_ILLNESS[illness][0])
+    found: dict[Combination, None] = {mended: None} if mended else {}
     for illness in (*illnesses, *folded):
         for combination in FOR_ILLNESS.get(illness, ()):
-            found.setdefault(combination)
+            found.setdefault(combined(mended, combination))
     return tuple(found)[:most]
 
 
@@ -89,3 +94,16 @@ def _kind(treatment: str) -> str:
     if identifier in ("lower-lr", "raise-lr"):
         return "rate"
     return identifier
+
+
+def with_values(combination: Combination, facts: Mapping[str, float]) -> Combination:
+    """Write what the untreated run found into the treatments that need it: they then work without it.
+
+    Example:
+        >>> with_values(("standardise-targets",), {"target_mean": 23.5, "target_std": 7.8})
+        ('standardise-targets=23.5,7.8',)
+    """
+    if "target_std" not in facts:
+        return combination
+    values = f"standardise-targets={facts['target_mean']:.6g},{facts['target_std']:.6g}"
+    return tuple(values if treatment == "standardise-targets" else treatment for treatment in combination)

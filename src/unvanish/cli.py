@@ -152,6 +152,48 @@ def _checked(target: str) -> Findings:
     return Findings({**found.run, "script": target}, found.findings, found.layers, found.verdict, found.notes)
 
 
+@app.command(
+    context_settings={"allow_interspersed_args": False},
+    epilog="All arguments after the script are the script's own. Trials run in copies of the working folder and of the "
+    "script's folder; what a script writes elsewhere by an absolute path is written. Exit codes: 0 a cure was found or "
+    "none is needed, 1 nothing helped for certain, 3 the script failed, 4 nothing trained, 130/143 interrupted.",
+)
+def cure(
+    target: Annotated[str, typer.Argument(metavar="SCRIPT", help="A script, or with -m a module.")],
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="The script's arguments.")] = None,
+    is_module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module, as with python -m.")] = False,
+    budget: Annotated[float, typer.Option(min=2, help="Spend at most so many times the steps of one run.")] = 6.0,
+    metric: Annotated[
+        str, typer.Option(metavar="REGEX", help="Judge by the last match of its group in what the script prints.")
+    ] = "",
+    maximise: Annotated[
+        bool | None,
+        typer.Option("--maximise/--minimise", help="Whether a greater metric is better.", show_default=False),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="So many trials at once.")] = 1,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds for one trial; 0 = no limit.")] = 0.0,
+    apply: Annotated[
+        Path | None, typer.Option("--apply", metavar="FILE", help="Write a patched copy of the script with the winner.")
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Keep the trials in a folder of this one; they are resumed.")] = Path(
+        "runs"
+    ),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget the trials of an earlier search.")] = False,
+    json: Json = "",
+    quiet: Quiet = False,
+    no_color: NoColor = False,
+) -> None:
+    """Find a treatment that verifiably helps a training script, by short trials of it."""
+    from .remedy import Wanted, seek
+
+    check_target(target, is_module=is_module, command="cure")
+    output = Output(json, quiet=quiet, no_color=no_color)
+    wanted = Wanted(
+        target, tuple(arguments or ()), is_module, budget, metric, maximise, jobs, timeout, apply, folder, fresh
+    )
+    raise typer.Exit(seek(wanted, output))
+
+
 @app.command()
 def report(
     record: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],

@@ -9,39 +9,63 @@ run on seeds that played no part in choosing it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .candidates import Combination, candidates, combined
+from .candidates import Combination, candidates, combined, with_values
 from .diagnose import diagnose
 from .records import Findings, Recording, Trace, finite
 from .version import VERSION
 
 FRESH_SEEDS = 3
-LEAST_GAIN = 0.1  # of the untreated level; a smaller one is not worth a change
+LEAST_GAIN = 0.1  # of the untreated loss; a smaller one is not worth a change
+LEAST_METRIC_GAIN = 0.02  # of the untreated level, for a metric that the user names
 SIGNIFICANCE = 0.05
 RUNG_SHARES = (1.5, 1.0)  # of one run's steps, spent on each rung of the halving
 MIN_STEPS = 30
 
-Metric = Callable[["Outcome", int], float]
+
+class Request(NamedTuple):
+    """One trial that is asked for."""
+
+    treatments: Combination
+    steps: int  # 0 = to the end of the script
+    seed: int  # 0 = the script's own
+    facts: Mapping[str, float]  # of the data, as the untreated run saw it
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one trial."""
+    """What came of one trial.
+
+    ``printed_at``: for each number of bytes printed, the last step that ended with so many: (step, bytes).
+    """
 
     recording: Recording | None
-    output: str = ""
+    output: bytes = b""
     error: str = ""
+    printed_at: Sequence[tuple[int, int]] = ()
 
     @property
     def steps(self) -> int:
         """Steps of the optimiser that took most."""
         return 0 if self.recording is None else self.recording.steps
+
+    def text(self, steps: int = 0) -> str:
+        """Return what was printed in the first ``steps`` steps; 0 = all of it.
+
+        Example:
+            >>> Outcome(None, b"one, two", printed_at=((3, 3), (5, 8))).text(2)
+            'one'
+        """
+        end = len(self.output)
+        if steps and self.printed_at and steps < self.printed_at[-1][0]:
+            end = next(offset for step, offset in self.printed_at if step >= steps)
+        return self.output[:end].decode(errors="replace")
 
 
 @dataclass
@@ -52,6 +76,7 @@ class Trial:
     steps: int
     seeds: tuple[int, ...] = ()
     values: tuple[float, ...] = ()
+    untreated: float = math.nan  # the level of the untreated run after as many steps
     stopped: str | None = None  # "halved" or "failed"
     error: str | None = None
 
@@ -78,7 +103,7 @@ class Winner:
     """A treatment that fresh seeds confirmed."""
 
     treatments: Combination
-    gain: float  # share of the untreated level that went away, or the difference for levels that may be negative
+    gain: float  # share of the untreated level that went away or was added; a difference where signs vary
     spread: float
     p: float
     code: str = ""
@@ -91,11 +116,15 @@ class Cure:
     findings: Findings
     metric: str
     is_higher_better: bool
+    length: int = 0  # steps of one run
     baseline: tuple[float, ...] = ()
     budget: int = 0
     used: int = 0
     trials: list[Trial] = field(default_factory=list)
     winner: Winner | None = None
+    error: str = ""  # why nothing could be tried
+    has_failed: bool = False  # the script itself, when nothing could be tried
+    is_interrupted: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -123,6 +152,7 @@ class Cure:
                     **trial.to_dict(),
                     "values": finite([sign * v for v in trial.values]),
                     "median": finite(sign * trial.value),
+                    "untreated": finite(sign * trial.untreated),
                 }
                 for trial in self.trials
             ],
@@ -135,15 +165,18 @@ class Cure:
                 "p": finite(winner.p),
                 "code": winner.code,
             },
+            "error": self.error or None,
+            "is_interrupted": self.is_interrupted,
             "notes": list(self.notes),
         }
 
 
-RunTrial = Callable[[Combination, int, int, dict[str, float]], Outcome]  # treatments, max steps, seed, facts
+Metric = Callable[[Outcome, int], float]  # the level after so many steps; lower is better
+RunTrials = Callable[[Sequence[Request]], Iterable[Outcome]]
 
 
 def cure(
-    run: RunTrial,
+    run: RunTrials,
     *,
     budget: float = 6.0,
     score: Metric | None = None,
@@ -151,55 +184,90 @@ def cure(
     is_higher_better: bool = False,
     told: Callable[[Cure], None] = lambda state: None,
     code_of: Callable[[Combination], str] = lambda combination: "",
+    candidates_for: Callable[[Findings], Sequence[Combination]] = candidates,
 ) -> Cure:
     """Find a treatment that verifiably helps.
 
     Args:
-        run: Runs one trial: treatments, steps (0 = to the end), number of the seed, facts of the data.
-        budget: At most so many times the steps of one run, the untreated one included. >= 3
+        run: Runs trials, and gives their outcomes in the order of the requests.
+        budget: At most so many times the steps of one run, the untreated one included.
         score: The level of an outcome after so many steps; lower is better. None: the training loss.
         metric: What the score is called.
         is_higher_better: The user's metric is maximised (``score`` then returns its negative).
         told: Hears of the state after every trial.
         code_of: The lines to paste for a combination.
+        candidates_for: What to try for what was found, in this order.
 
     Returns:
         All that was tried. The winner passed a one-sided paired t-test (5 %) on `FRESH_SEEDS` fresh seeds, with a gain
-        of at least `LEAST_GAIN`; a treatment that does nothing passes at most 5 % of the time.
+        of at least `LEAST_GAIN`; a treatment that does nothing passes at most 5 % of the time. After Ctrl-C what was
+        tried until then, with ``is_interrupted``.
     """
-    search = _Search(run, score or loss_level, told, code_of)
-    untreated = run((), 0, 0, {})
-    recording = untreated.recording
-    findings = diagnose(recording) if recording is not None else Findings({}, (), (), "inconclusive")
-    state = Cure(findings, metric, is_higher_better)
-    if recording is None or not recording.steps:
-        state.notes.append(untreated.error or "the script did not train")
-        return state
-    search.begin(state, untreated, budget)
-    if not state.is_needed:
-        return state
-    first = candidates(findings)
-    if not first:
-        state.notes.append("no treatment is known for what was found; it is to be mended in the script")
-        return state
-    search.choose(first)
+    state = Cure(Findings({}, (), (), "inconclusive"), metric, is_higher_better)
+    try:
+        _Search(run, score or loss_level, told, code_of, state, candidates_for).search(budget)
+    except KeyboardInterrupt:
+        state.is_interrupted = True
     return state
 
 
 class _Search:
     """Halving over candidates, then the test of the best ones."""
 
-    def __init__(self, run: RunTrial, score: Metric, told: Any, code_of: Any) -> None:
-        self.run, self.score, self.told, self.code_of = run, score, told, code_of
+    def __init__(
+        self, run: RunTrials, score: Metric, told: Any, code_of: Any, state: Cure, candidates_for: Any
+    ) -> None:
+        self.candidates_for = candidates_for
+        self.run, self.score, self.told, self.code_of, self.state = run, score, told, code_of, state
+        self.rank = score
+        self.facts: dict[str, float] = {}
 
-    def begin(self, state: Cure, untreated: Outcome, budget: float) -> None:
-        self.state, self.untreated, self.length = state, untreated, untreated.steps
+    def search(self, budget: float) -> None:
+        """Run the script untreated, and look for a cure if something is wrong with it."""
+        state = self.state
+        (untreated,) = self.run([Request((), 0, 0, {})])
+        if untreated.recording is not None:
+            state.findings = diagnose(untreated.recording)
+        if untreated.recording is None or not untreated.steps:
+            state.error, state.has_failed = untreated.error or "nothing trained", bool(untreated.error)
+            return
+        if untreated.error and not state.is_needed:
+            state.error, state.has_failed = untreated.error, True
+        elif state.findings.verdict == "inconclusive" and not state.is_needed:
+            state.error = f"{untreated.steps} steps are too few to judge"
+        elif untreated.error:
+            state.notes.append(f"the untreated run: {untreated.error}")
+        self.untreated = untreated
+        self.length = state.length = untreated.steps
         self.facts = facts_of(untreated.recording)
         state.budget, state.used = int(budget * self.length), self.length
         state.baseline = (self.score(untreated, self.length),)
         self.told(state)
+        if not state.is_needed or state.error:
+            return
+        first = [with_values(combination, self.facts) for combination in self.candidates_for(state.findings)]
+        if first:
+            self.rank = self._rank(first)
+            self._choose(first)
+        else:
+            state.notes.append("no treatment is known for what was found; it is to be mended in the script")
 
-    def choose(self, first: Sequence[Combination]) -> None:
+    def _rank(self, first: Sequence[Combination]) -> Metric:
+        """Return what short trials are ranked by: the training loss where the metric is printed at the end only."""
+        if math.isfinite(self.score(self.untreated, self._rung_steps(len(first), RUNG_SHARES[0]))):
+            return self.score
+        if self.score is not loss_level and math.isfinite(self.score(self.untreated, 0)):
+            self.state.notes.append(
+                "the metric is printed at the end only: short trials are ranked by the training loss, and verifying "
+                f"takes whole runs (a budget of {2 * FRESH_SEEDS + 4} runs suits)"
+            )
+            return loss_level
+        return self.score
+
+    def _rung_steps(self, count: int, share: float) -> int:
+        return max(MIN_STEPS, min(self.length, int(share * self.length / count)))
+
+    def _choose(self, first: Sequence[Combination]) -> None:
         """Narrow the candidates down, then verify from the best on until one holds."""
         rung = self._rung([Trial(combination, 0) for combination in first], RUNG_SHARES[0])
         best = self._better(rung)
@@ -217,33 +285,33 @@ class _Search:
 
     def _rung(self, trials: list[Trial], share: float) -> list[Trial]:
         """Give each trial an equal part of a share of one run's steps; all but the better half are stopped."""
-        steps = max(MIN_STEPS, min(self.length, int(share * self.length / len(trials))))
-        for trial in trials:
-            if not self._affords(steps):
-                break
-            trial.steps = steps
-            self._measure(trial, seed=0)
+        steps = self._rung_steps(len(trials), share)
+        affordable = trials[: max((self.state.budget - self.state.used) // steps, 0)]
+        for trial in affordable:
+            trial.steps, trial.untreated = steps, self._untreated_at(steps)
             self.state.trials.append(trial)
-            self.told(self.state)
-        done = [trial for trial in trials if trial.values]
+        self._measure([(trial, 0) for trial in affordable], self.rank)
+        done = [trial for trial in affordable if trial.values]
         for trial in sorted(done, key=lambda trial: trial.value)[max(2, len(done) // 3) :]:
             trial.stopped = trial.stopped or "halved"
         return done
 
-    def _measure(self, trial: Trial, *, seed: int) -> None:
-        outcome = self.run(trial.treatments, trial.steps, seed, self.facts)
-        self.state.used += outcome.steps
-        if outcome.recording is None or outcome.error or not outcome.steps:
-            trial.stopped, trial.error = "failed", outcome.error or "nothing trained"
-            return
-        trial.seeds = (*trial.seeds, seed)
-        trial.values = (*trial.values, self.score(outcome, trial.steps))
-
-    def _affords(self, steps: int) -> bool:
-        return self.state.used + steps <= self.state.budget
+    def _measure(self, runs: Sequence[tuple[Trial, int]], score: Metric) -> None:
+        """Run trials on seeds, and note the levels they reach; an untreated run that fails is as bad as any."""
+        ends = {trial.steps: 0 if trial.steps >= self.length else trial.steps for trial, _ in runs}
+        requests = [Request(trial.treatments, ends[trial.steps], seed, self.facts) for trial, seed in runs]
+        for (trial, seed), outcome in zip(runs, self.run(requests), strict=True):
+            self.state.used += outcome.steps
+            has_failed = outcome.recording is None or bool(outcome.error) or not outcome.steps
+            if has_failed:
+                trial.stopped, trial.error = "failed", outcome.error or "nothing trained"
+            if not has_failed or not trial.treatments:
+                trial.seeds = (*trial.seeds, seed)
+                trial.values = (*trial.values, math.inf if has_failed else score(outcome, trial.steps))
+            self.told(self.state)
 
     def _untreated_at(self, steps: int) -> float:
-        return self.score(self.untreated, steps)
+        return self.rank(self.untreated, steps)
 
     def _better(self, trials: Sequence[Trial]) -> list[Trial]:
         """Return the trials that did better than the untreated run after as many steps, best first."""
@@ -253,21 +321,22 @@ class _Search:
     def _verify(self, chosen: Trial) -> bool:
         """Run the treatment and nothing on fresh seeds, and test the paired differences."""
         left = self.state.budget - self.state.used
-        steps = min(self.length, left // (2 * FRESH_SEEDS))
-        if steps < MIN_STEPS:
+        seeds, steps = FRESH_SEEDS, min(self.length, left // (2 * FRESH_SEEDS))
+        if self.rank is not self.score:  # what is printed at the end only takes whole runs
+            seeds, steps = min(FRESH_SEEDS, left // (2 * self.length)), self.length
+        if steps < min(MIN_STEPS, self.length) or seeds < 2:
             self.state.notes.append("the budget ended before a treatment could be verified; raise it with --budget")
             return False
         treated, untreated = Trial(chosen.treatments, steps), Trial((), steps)
-        for seed in range(1, FRESH_SEEDS + 1):
-            self._measure(untreated, seed=seed)
-            self._measure(treated, seed=seed)
-            self.told(self.state)
-        self.state.trials += [treated]
-        if treated.error or (untreated.error and not untreated.values):
+        self.state.trials.append(treated)
+        both = [(trial, seed) for seed in range(1, seeds + 1) for trial in (untreated, treated)]
+        self._measure(both, self.score)
+        treated.untreated = untreated.value
+        if treated.error:
             return False
         self.state.baseline = (*self.state.baseline, *untreated.values)
         gain, spread, p = paired_test(untreated.values, treated.values)
-        if p < SIGNIFICANCE and gain >= LEAST_GAIN:
+        if p < SIGNIFICANCE and gain >= (LEAST_GAIN if self.score is loss_level else LEAST_METRIC_GAIN):
             self.state.winner = Winner(chosen.treatments, gain, spread, p, self.code_of(chosen.treatments))
             return True
         return False
@@ -309,8 +378,9 @@ def facts_of(recording: Recording | None) -> dict[str, float]:
 def paired_test(untreated: Sequence[float], treated: Sequence[float]) -> tuple[float, float, float]:
     """Return gain, its spread over seeds, and the p value that the treated level is not lower.
 
-    One-sided paired t-test on the differences of log levels (of levels, where some are not positive). A treated level
-    that is not finite counts against it; an untreated one that is not finite is as bad as any.
+    One-sided paired t-test on the differences of log levels (of levels, where their signs vary). A treated level
+    that is not finite counts against it; an untreated one that is not finite is as bad as any. Levels below 0 are those
+    of a metric that is to grow, negated.
 
     Example:
         >>> gain, spread, p = paired_test((1.0, 1.1, 0.9), (0.1, 0.12, 0.1))
@@ -318,6 +388,8 @@ def paired_test(untreated: Sequence[float], treated: Sequence[float]) -> tuple[f
         (0.89, True)
         >>> paired_test((1.0, 1.1, 0.9), (1.0, 1.1, 0.9))[2]
         1.0
+        >>> round(paired_test((-0.5, -0.52), (-1.0, -1.03))[0], 2)  # an accuracy that doubles
+        0.99
     """
     pairs = list(zip(untreated, treated, strict=False))
     if len(pairs) < 2 or not all(math.isfinite(b) for _, b in pairs):
@@ -325,14 +397,22 @@ def paired_test(untreated: Sequence[float], treated: Sequence[float]) -> tuple[f
     if any(not math.isfinite(a) for a, _ in pairs):
         worst = max([a for a, _ in pairs if math.isfinite(a)] + [b for _, b in pairs]) * 10 + 1
         pairs = [(a if math.isfinite(a) else worst, b) for a, b in pairs]
-    is_positive = all(a > 0 and b > 0 for a, b in pairs)
-    differences = [math.log(a / b) if is_positive else a - b for a, b in pairs]
+    signs = {math.copysign(1, value) if value else 0 for pair in pairs for value in pair}
+    is_ratio = signs in ({1}, {-1})
+    differences = [_log_gain(a, b) if is_ratio else a - b for a, b in pairs]
     centre, spread = fmean(differences), stdev(differences)
     if spread == 0:
         p = 0.0 if centre > 0 else 1.0
     else:
         p = _t_tail(centre / (spread / math.sqrt(len(pairs))), len(pairs) - 1)
-    return (1 - math.exp(-centre)) if is_positive else centre, spread, p
+    if not is_ratio:
+        return centre, spread, p
+    return (math.expm1(centre) if signs == {-1} else -math.expm1(-centre)), spread, p
+
+
+def _log_gain(untreated: float, treated: float) -> float:
+    """Return the logarithm of the factor by which a level of one sign got better."""
+    return math.log(treated / untreated if treated < 0 else untreated / treated)
 
 
 def _t_tail(t: float, freedom: int) -> float:

@@ -1,150 +1,124 @@
-"""A network that does not learn, and what becomes of it: on real data that ships with scikit-learn."""
+"""The whole way on data that ships with scikit-learn: a training that does not learn, diagnosed, cured, verified."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+import importlib.util
+import math
+import re
+import shutil
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from rich.text import Text
-from torch import Tensor, nn
 
+from .cure import Cure, Outcome, Request, cure
 from .diagnose import diagnose
 from .errors import TargetError
 from .output import Output, nearby
+from .processes import Trials
+from .progress import CureProgress
 from .records import Findings, Recording
-from .report import RunView, compare_text, report_text
-from .session import watch
+from .remedy import code_of
+from .report import RunView, compare_text, cure_text, report_text
 
-EPOCHS = 15
-
-
-class Digits(NamedTuple):
-    """Handwritten digits: 1,400 to learn from, 397 to test with."""
-
-    x_train: Tensor
-    y_train: Tensor
-    x_test: Tensor
-    y_test: Tensor
+SCRIPT = Path(__file__).with_name("demo_training.py")
 
 
 class Result(NamedTuple):
-    """One watched training."""
+    """One whole training."""
 
     name: str
     recording: Recording
     findings: Findings
     accuracy: float
-    folder: Path | None
 
 
-def load_digits() -> Digits:
-    """Return the digits, 8 x 8 pixels between 0 and 1.
+def demonstrate(output: Output, folder: Path | None) -> None:
+    """Run the sick training, show what is wrong, find what helps, and train again with it.
+
+    Args:
+        output: Where the reports go.
+        folder: The script and the records are kept in a new folder of this one; None keeps none.
 
     Raises:
         TargetError: if scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits as load
-    except ImportError as error:
+    if importlib.util.find_spec("sklearn") is None:
         raise TargetError(
             "demo: found no scikit-learn, expected it for its handwritten digits. "
             "Install it: pip install 'unvanish[demo]'"
-        ) from error
-    data = load()
-    x = torch.tensor(data.data / 16, dtype=torch.float32)
-    y = torch.tensor(data.target)
-    return Digits(x[:1400], y[:1400], x[1400:], y[1400:])
+        )
+    with ExitStack() as stack:
+        place = _new_place(folder, stack)
+        script = place / "train.py"
+        shutil.copy(SCRIPT, script)
+        trials = Trials(str(script), (), False, place / "trials", working=place)
+        stack.callback(trials.close)
+        _show(trials, output)
+        if folder is not None:
+            output.say(f"script and records: {nearby(place)}")
 
 
-def sigmoid_network() -> nn.Sequential:
-    """Return twelve sigmoid layers, as one may write them."""
-    layers: list[nn.Module] = []
-    width = 64
-    for _ in range(12):
-        layers += [nn.Linear(width, 48), nn.Sigmoid()]
-        width = 48
-    return nn.Sequential(*layers, nn.Linear(width, 10))
+def _new_place(folder: Path | None, stack: ExitStack) -> Path:
+    if folder is None:
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unvanish-demo-")))
+    place, number = folder.absolute() / "demo", 1
+    while place.exists():
+        number += 1
+        place = folder.absolute() / f"demo-{number}"
+    place.mkdir(parents=True)
+    return place
 
 
-def relu_network() -> nn.Sequential:
-    """Return the same network after the remedy: ReLU, and He's initialisation."""
-    layers: list[nn.Module] = []
-    width = 64
-    for _ in range(12):
-        linear = nn.Linear(width, 48)
-        nn.init.kaiming_normal_(linear.weight)
-        nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ReLU()]
-        width = 48
-    return nn.Sequential(*layers, nn.Linear(width, 10))
-
-
-def train(
-    name: str, network: Callable[[], nn.Sequential], digits: Digits, folder: Path | None, output: Output
-) -> Result:
-    """Train in the plain way, under watch; the test accuracy is measured at the end."""
-    torch.manual_seed(0)
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    loss_fn = nn.CrossEntropyLoss()
-
-    with watch(model, optimizer, folder=folder) as run:
-        for epoch in range(EPOCHS):
-            for chosen in torch.split(torch.randperm(len(digits.x_train)), 32):
-                loss = loss_fn(model(digits.x_train[chosen]), digits.y_train[chosen])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            _progress(output, name, epoch + 1, loss.item())
-
-    with torch.no_grad():
-        answers = model(digits.x_test).argmax(1)
-    accuracy = (answers == digits.y_test).float().mean().item()
-    recording = run.recording()
-    named = Recording({**recording.run, "script": f"demo: {name}"}, recording.traces)
-    return Result(name, named, diagnose(named), accuracy, run.folder)
-
-
-def demonstrate(output: Output, folder: Path | None) -> None:
-    """Train the sick network and the remedied one, and show what the watch says of both.
-
-    Args:
-        output: Where the reports go.
-        folder: The records are kept in new folders of this one; None keeps none.
-    """
-    digits = load_digits()
-    output.say("Training a 12-layer sigmoid network on handwritten digits, under watch ...")
-    sick = train("sigmoid", sigmoid_network, digits, folder, output)
+def _show(trials: Trials, output: Output) -> None:
+    """Write the report of the sick run, the search, and both runs side by side."""
     ink = output.ink()
+    output.say("1. A 12-layer sigmoid network on handwritten digits, trained under watch ...")
+    sick = _result("as written", trials.run(Request((), 0, 0, {})))
     if not output.quiet:
-        output.stream.write(report_text(sick.findings, ink, sick.recording) + "\n")
-        output.stream.flush()
-    output.say("Training it again after the first remedy: ReLU and He's initialisation ...")
-    well = train("relu-he", relu_network, digits, folder, output)
+        _write(output, report_text(sick.findings, ink, sick.recording) + "\n")
+    output.say("2. Which treatment helps? Short trials of the same script ...")
+    with CureProgress(quiet=output.quiet) as progress:
+        state = cure(trials, told=progress, code_of=code_of)
     if not output.quiet:
-        runs = [RunView(r.name, r.recording, r.findings, {"accuracy": f"{r.accuracy:.0%}"}) for r in (sick, well)]
-        output.stream.write(compare_text(runs, ink) + "\n")
-    output.stream.write(ink.render(_verdict(sick, well)))
+        document = state.to_dict()
+        document["run"] = {**document["run"], "script": "train.py"}
+        _write(output, cure_text(document, ink, ("train.py",)) + "\n")
+    well = sick
+    if state.winner is not None:
+        treatments = state.winner.treatments
+        output.say(f"3. The whole training again, with {' + '.join(treatments)} ...")
+        well = _result("cured", trials.run(Request(treatments, 0, 0, {})))
+        if not output.quiet:
+            runs = [RunView(r.name, r.recording, r.findings, {"accuracy": f"{r.accuracy:.0%}"}) for r in (sick, well)]
+            _write(output, compare_text(runs, ink) + "\n")
+    _write(output, ink.render(_verdict(state, sick, well)))
+
+
+def _result(name: str, outcome: Outcome) -> Result:
+    if outcome.recording is None or outcome.error:
+        raise TargetError(f"demo: the training failed: {outcome.error or 'nothing was recorded'}")
+    recording = Recording({**outcome.recording.run, "script": f"train.py ({name})"}, outcome.recording.traces)
+    return Result(name, recording, diagnose(recording), _accuracy(outcome))
+
+
+def _accuracy(outcome: Outcome) -> float:
+    found = re.findall(r"test accuracy ([0-9.]+)", outcome.text())
+    return float(found[-1]) if found else math.nan
+
+
+def _write(output: Output, text: str) -> None:
+    output.stream.write(text)
     output.stream.flush()
-    for result in (sick, well):
-        if result.folder is not None:
-            output.say(f"record: {nearby(result.folder)}")
 
 
-def _verdict(sick: Result, well: Result) -> Text:
-    """Say in one line what was wrong and whether the remedy helped."""
+def _verdict(state: Cure, sick: Result, well: Result) -> Text:
+    """Say in one line what was wrong, what helped, and whether it did."""
     found = ", ".join(finding.illness for finding in sick.findings.at_least("warning")) or "nothing"
     left = ", ".join(finding.illness for finding in well.findings.at_least("warning")) or "nothing"
+    remedy = "nothing" if state.winner is None else " + ".join(state.winner.treatments)
     has_helped = well.accuracy > sick.accuracy + 0.1
-    words = f"test accuracy {sick.accuracy:.0%} → {well.accuracy:.0%}; found before: {found}; after: {left}"
+    words = f"found {found}; cured by {remedy}; test accuracy {sick.accuracy:.0%} → {well.accuracy:.0%}; left: {left}"
     return Text(f"{'✔' if has_helped else '✖'} {words}", style="bold green" if has_helped else "bold red")
-
-
-def _progress(output: Output, name: str, epoch: int, loss: float) -> None:
-    """Show the epochs, on one line of a terminal and not at all elsewhere."""
-    if sys.stderr.isatty() and not output.quiet:
-        end = "\n" if epoch == EPOCHS else ""
-        print(f"\r{name}: epoch {epoch} of {EPOCHS}, loss {loss:.4f} ", end=end, file=sys.stderr, flush=True)

@@ -67,6 +67,7 @@ class Injection:
         if self._seed_offset:
             for owner, name in ((torch, "manual_seed"), (torch.random, "manual_seed"), *_other_seeds()):
                 self._replace(owner, name, self._shifted_seed)
+            torch.manual_seed(torch.initial_seed())  # shifted: a script that sets no seed gets another one, too
         if self._treatments:
             handles = [
                 register_module_forward_pre_hook(self._before_call),

@@ -29,8 +29,8 @@ class Outcome:
     message: str = ""
 
 
-def check_target(target: str, *, is_module: bool) -> None:
-    """Raise `TargetError` unless the target is there to be run; nothing is imported or run.
+def check_target(target: str, *, is_module: bool, command: str = "run") -> None:
+    """Raise `TargetError` unless the target is there to be run by a command; nothing is imported or run.
 
     Raises:
         TargetError: if the script or module cannot be found, or is no Python.
@@ -39,23 +39,23 @@ def check_target(target: str, *, is_module: bool) -> None:
         try:
             found = _find_module(target)
         except (ImportError, ValueError) as error:
-            raise TargetError(f"run: module {target!r}: found {error}, expected an importable module.") from error
+            raise TargetError(f"{command}: module {target!r}: found {error}, expected an importable module.") from error
         except Exception:  # the package fails when it is imported: running it shows the whole traceback
             return
         if found is None:
             raise TargetError(
-                f"run: module {target!r}: found nothing of that name, expected an importable module. "
-                "For a file write: unvanish run path/to/train.py"
+                f"{command}: module {target!r}: found nothing of that name, expected an importable module. "
+                f"For a file write: unvanish {command} path/to/train.py"
             )
         return
     path = Path(target)
     if not path.exists():
         raise TargetError(
-            f"run: script {target!r}: found no such file, expected a Python script. "
+            f"{command}: script {target!r}: found no such file, expected a Python script. "
             f"The working directory is {os.getcwd()!r}."
         )
     if path.is_dir():
-        raise TargetError(f"run: script {target!r}: found a folder, expected a Python script.")
+        raise TargetError(f"{command}: script {target!r}: found a folder, expected a Python script.")
 
 
 def _find_module(target: str) -> Any:

@@ -10,18 +10,25 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from .candidates import Combination
-from .cure import Outcome
+from .cure import Metric, Outcome, Request
 from .errors import OptionError, RecordError
+from .forks import ForkedTrial, Nursery, nursery_for
+from .records import Recording
+from .scratch import inside, mirror
 from .trace import read_recording
 from .trial import Spec
+from .version import VERSION
 
-COPIED_BYTES = 20_000_000  # files of the working folder up to this sum are copied, the others linked
+Process = subprocess.Popen[bytes] | ForkedTrial
 SEED_STEP = 1000
+OUTPUT = "output.txt"
+SOURCES = 2_000  # Python files beside the script that are looked at for changes
 
 
 @dataclass
@@ -34,6 +41,9 @@ class Trials:
         is_module: ``target`` is a module.
         folder: Where trials keep their records; what is there already is not run again.
         timeout: Seconds for one trial; 0 = no limit.
+        jobs: So many trials at once.
+        variables: Of the environment, for the trials.
+        working: The working folder that trials see a copy of; None: that of this process.
     """
 
     target: str
@@ -41,51 +51,160 @@ class Trials:
     is_module: bool
     folder: Path
     timeout: float = 0.0
+    jobs: int = 1
+    variables: Mapping[str, str] = field(default_factory=dict)
+    working: Path | None = None
+    read_back: int = 0  # trials that were there already
+    last_output: str = ""  # what the last trial printed
+    _running: set[Process] = field(default_factory=set)
+    _nursery: Nursery | None = None
+    _has_no_nursery: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _is_stopped: bool = False
 
-    def __call__(self, treatments: Combination, steps: int, seed: int, facts: dict[str, float]) -> Outcome:
+    def __call__(self, requests: Sequence[Request]) -> Iterator[Outcome]:
+        """Run trials, `jobs` at a time; outcomes come in the order of the requests.
+
+        Leaving early, by an exception or Ctrl-C, ends every process.
+        """
+        if self.jobs == 1 or len(requests) == 1:
+            yield from map(self.run, requests)
+            return
+        with ThreadPoolExecutor(self.jobs) as pool:
+            waiting = [pool.submit(self.run, request) for request in requests]
+            try:
+                for future in waiting:
+                    yield future.result()
+            except BaseException:
+                self.close()
+                raise
+
+    def run(self, request: Request) -> Outcome:
         """Run one trial, or read it back if it was run before."""
-        place = self.folder / self._key(treatments, steps, seed)
+        place = self.folder / self._key(request)
         target = self.target if self.is_module else str(Path(self.target).resolve())
         spec = Spec(
-            target, list(self.arguments), self.is_module, str(place), list(treatments), facts, steps, SEED_STEP * seed
+            target=target,
+            arguments=list(self.arguments),
+            is_module=self.is_module,
+            folder=str(place.resolve()),
+            treatments=list(request.treatments),
+            facts=dict(request.facts),
+            max_steps=request.steps,
+            seed_offset=SEED_STEP * request.seed,
+            kept_folders=[str(folder) for folder in self._folders()],
         )
-        if not spec.result.exists():
-            shutil.rmtree(place, ignore_errors=True)
-            spec.write()
-            error = self._run(spec, place)
-            if error:
-                return Outcome(None, error=error)
-        return _read(spec, place)
+        if spec.result.exists():
+            self.read_back += 1
+            return self._read(spec)
+        shutil.rmtree(place, ignore_errors=True)
+        spec.write()
+        error = self._run(spec, place)
+        return self._unfinished(spec, error) if error else self._read(spec)
 
-    def _key(self, treatments: Combination, steps: int, seed: int) -> str:
+    def close(self) -> None:
+        """End every process and start no other."""
+        with self._lock:
+            self._is_stopped = True
+            running = list(self._running)
+        for process in running:
+            end_group(process)
+        if self._nursery is not None:
+            self._nursery.close()
+            self._nursery = None
+
+    def _folders(self) -> list[Path]:
+        """Return what a script may write to by a relative path, or beside itself."""
+        here = self.working or Path.cwd()
+        return [here] if self.is_module else [here, Path(self.target).resolve().parent]
+
+    def _key(self, request: Request) -> str:
         """Name a trial by all it depends on; an edited script makes new ones."""
-        source = b"" if self.is_module else Path(self.target).read_bytes()
-        what = json.dumps([self.target, list(self.arguments), list(treatments), steps, seed]).encode()
-        name = "-".join(treatments) or "untreated"
+        what = [VERSION, self.target, list(self.arguments), list(request.treatments), request.steps, request.seed]
+        what += [dict(self.variables), self._sources]
+        name = "-".join(request.treatments) or "untreated"
         readable = re.sub(r"[^a-z0-9.-]+", "-", name)[:40]
-        return f"{readable}-{steps}-{seed}-{hashlib.sha256(source + what).hexdigest()[:8]}"
+        return f"{readable}-{request.steps}-{request.seed}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]}"
+
+    @property
+    def _sources(self) -> list[str]:
+        """Say which state the script and the Python files beside it are in."""
+        script = [] if self.is_module else [hashlib.sha256(Path(self.target).read_bytes()).hexdigest()]
+        beside = sorted(self._folders()[-1].glob("*.py"))[:SOURCES]
+        return script + [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in beside]
 
     def _run(self, spec: Spec, place: Path) -> str:
         """Run the trial's process; return what went wrong, if its result is missing."""
-        work = place / "work"
-        scratch_copy(Path.cwd(), work)
-        command = [sys.executable, "-m", "unvanish.trial", str(spec.file.resolve())]
-        with (place / "output.txt").open("wb") as output:
-            process = subprocess.Popen(
-                command, cwd=work, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
+        mirror(self._folders(), spec.mirror, without=[self.folder])
+        with self._lock:
+            if self._is_stopped:
+                return "stopped"
             try:
-                process.wait(self.timeout or None)
-            except subprocess.TimeoutExpired:
-                return f"took longer than {self.timeout:g} s"
-            finally:
-                end_group(process)
-                shutil.rmtree(work, ignore_errors=True)
-        return "" if spec.result.exists() else f"ended with status {process.returncode} and no result"
+                process = self._start(spec, place)
+            except OSError as error:
+                return f"could not be started: {error}"
+            self._running.add(process)
+        try:
+            process.wait(self.timeout or None)
+        except subprocess.TimeoutExpired:
+            return f"took longer than {self.timeout:g} s"
+        finally:
+            end_group(process)
+            self._running.discard(process)
+            shutil.rmtree(spec.mirror, ignore_errors=True)
+        return "" if spec.result.exists() else f"ended without a result{_status(process)}"
+
+    def _start(self, spec: Spec, place: Path) -> Process:
+        """Start a trial: by forking where that is safe, else as a new process."""
+        work = inside(spec.mirror, self._folders()[0])
+        if self._nursery is None and not self._has_no_nursery:
+            self._nursery = nursery_for(None if self.is_module else Path(self.target), self._environment())
+            self._has_no_nursery = self._nursery is None
+        if self._nursery is not None:
+            return self._nursery.start(spec.file.resolve(), work, (place / OUTPUT).resolve())
+        command = [sys.executable, "-m", "unvanish.trial", str(spec.file)]
+        with (place / OUTPUT).open("wb") as output:
+            return subprocess.Popen(
+                command, cwd=work, env=self._environment(), stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def _environment(self) -> dict[str, str]:
+        """Return the environment of a trial; trials that run together share the cores."""
+        shared = {"PYTHONUNBUFFERED": "1"}
+        if self.jobs > 1:
+            shared["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // self.jobs, 1))
+        return {**shared, **os.environ, **self.variables}
+
+    def _unfinished(self, spec: Spec, error: str) -> Outcome:
+        """Return what a trial recorded before it was ended."""
+        record = next(iter(sorted(Path(spec.folder).glob("*/run.sqlite"))), None)
+        return self._outcome(spec, "" if record is None else str(record.parent), error, ())
+
+    def _read(self, spec: Spec) -> Outcome:
+        """Return what came of a trial that ended by itself."""
+        result = json.loads(spec.result.read_text())
+        error = ""
+        if spec.treatments and result["refused"] and not result["applied"]:
+            error = result["refused"][0]
+        elif result["status"]:
+            error = result["error"] or f"the script ended with status {result['status']}"
+        return self._outcome(spec, result["record"], error, [(step, end) for step, end in result["printed_at"]])
+
+    def _outcome(self, spec: Spec, record: str, error: str, printed_at: Sequence[tuple[int, int]]) -> Outcome:
+        printed = Path(spec.folder) / OUTPUT
+        output = printed.read_bytes() if printed.exists() else b""
+        self.last_output = output.decode(errors="replace")
+        try:
+            recording = read_recording(Path(record)) if record else None
+        except RecordError as problem:
+            return Outcome(None, output, error or str(problem))
+        if recording is not None:
+            recording = Recording({**recording.run, "script": self.target}, recording.traces)
+        return Outcome(recording, output, error, printed_at)
 
 
-def end_group(process: subprocess.Popen[bytes]) -> None:
+def end_group(process: Process) -> None:
     """End a process and all it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
@@ -94,62 +213,20 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def scratch_copy(source: Path, target: Path) -> None:
-    """Make a working folder that looks like ``source``: what is small is copied, what is large is linked.
-
-    What a trial writes under a relative path then lands here and not on the user's files.
-    """
-    target.mkdir(parents=True)
-    left = COPIED_BYTES
-    for item in sorted(source.iterdir()):
-        if item.name.startswith(".") or item.name in ("runs", "__pycache__"):
-            continue
-        try:
-            size = _size(item, left)
-            if size > left:
-                (target / item.name).symlink_to(item.resolve())
-                continue
-            left -= size
-            if item.is_dir():
-                shutil.copytree(item, target / item.name, symlinks=True)
-            else:
-                shutil.copy2(item, target / item.name)
-        except OSError:
-            continue
+def _status(process: Process) -> str:
+    return "" if process.returncode is None else f", status {process.returncode}"
 
 
-def _size(item: Path, enough: int) -> int:
-    """Return the bytes of a file or folder, counting no further than ``enough``."""
-    if not item.is_dir():
-        return item.stat().st_size
-    total = 0
-    for folder, _, files in os.walk(item):
-        total += 4096 + sum(os.lstat(os.path.join(folder, name)).st_size for name in files)
-        if total > enough:
-            break
-    return total
-
-
-def _read(spec: Spec, place: Path) -> Outcome:
-    result = json.loads(spec.result.read_text())
-    output = (place / "output.txt").read_text(errors="replace") if (place / "output.txt").exists() else ""
-    error = ""
-    if spec.treatments and result["refused"] and not result["applied"]:
-        error = result["refused"][0]
-    elif result["status"]:
-        error = result["error"] or f"the script ended with status {result['status']}"
-    try:
-        recording = read_recording(Path(result["record"])) if result["record"] else None
-    except RecordError as problem:
-        return Outcome(None, output, str(problem))
-    return Outcome(recording, output, error)
-
-
-def metric_reader(pattern: str, *, is_higher_better: bool):  # type: ignore[no-untyped-def]
+def metric_reader(pattern: str, *, is_higher_better: bool) -> Metric:
     """Return a score that reads the last match of a pattern with one group from a script's output.
 
     Raises:
         OptionError: if the pattern is no regular expression with one group.
+
+    Example:
+        >>> score = metric_reader("accuracy ([0-9.]+)", is_higher_better=True)
+        >>> score(Outcome(None, b"accuracy 0.1, accuracy 0.9"), 0)
+        -0.9
     """
     try:
         expression = re.compile(pattern)
@@ -163,10 +240,11 @@ def metric_reader(pattern: str, *, is_higher_better: bool):  # type: ignore[no-u
     sign = -1.0 if is_higher_better else 1.0
 
     def score(outcome: Outcome, steps: int) -> float:
-        found = expression.findall(outcome.output)
+        found = expression.findall(outcome.text(steps))
         try:
-            return sign * float(found[-1]) if found else float("inf")
+            value = sign * float(found[-1]) if found else float("inf")
         except ValueError:
             return float("inf")
+        return value if value == value else float("inf")
 
     return score

@@ -1,4 +1,4 @@
-"""Findings as people read them: text for a terminal, and runs side by side."""
+"""Findings as people read them: text for a terminal, runs side by side, the trials of a cure."""
 
 from __future__ import annotations
 
@@ -8,3 +8,5 @@ from .compare import compare_text as compare_text
 from .ink import Ink as Ink
 from .text import report_text as report_text
 from .text import verdict_line as verdict_line
+from .trials import cure_line as cure_line
+from .trials import cure_text as cure_text
