@@ -27,6 +27,7 @@ LEAST_METRIC_GAIN = 0.02  # of the untreated level, for a metric that the user n
 SIGNIFICANCE = 0.05
 RUNG_SHARES = (1.5, 1.0)  # of one run's steps, spent on each rung of the halving
 MIN_STEPS = 30
+PAST_FAILURE = 1.25  # times the steps until the loss of the untreated run was not finite
 
 
 class Request(NamedTuple):
@@ -219,7 +220,7 @@ class _Search:
     ) -> None:
         self.candidates_for = candidates_for
         self.run, self.score, self.told, self.code_of, self.state = run, score, told, code_of, state
-        self.rank = score
+        self.rank, self.least = score, MIN_STEPS
         self.facts: dict[str, float] = {}
 
     def search(self, budget: float) -> None:
@@ -239,6 +240,7 @@ class _Search:
             state.notes.append(f"the untreated run: {untreated.error}")
         self.untreated = untreated
         self.length = state.length = untreated.steps
+        self.least = min(_informative_steps(untreated), self.length)
         self.facts = facts_of(untreated.recording)
         state.budget, state.used = int(budget * self.length), self.length
         state.baseline = (self.score(untreated, self.length),)
@@ -265,7 +267,7 @@ class _Search:
         return self.score
 
     def _rung_steps(self, count: int, share: float) -> int:
-        return max(MIN_STEPS, min(self.length, int(share * self.length / count)))
+        return max(self.least, min(self.length, int(share * self.length / count)))
 
     def _choose(self, first: Sequence[Combination]) -> None:
         """Narrow the candidates down, then verify from the best on until one holds."""
@@ -276,7 +278,7 @@ class _Search:
             both = combined(best[0].treatments, best[1].treatments)
             pairs = [Trial(both, 0)] if all(both != trial.treatments for trial in rung) else []
         survivors = best[:2] + pairs
-        if len(survivors) > 1:
+        if len(survivors) > 1 and self.least == MIN_STEPS:  # else the steps are needed for the verification
             again = [Trial(trial.treatments, 0) for trial in survivors]
             survivors = self._better(self._rung(again, RUNG_SHARES[1])) or survivors[:1]
         for trial in survivors[:2]:
@@ -286,7 +288,8 @@ class _Search:
     def _rung(self, trials: list[Trial], share: float) -> list[Trial]:
         """Give each trial an equal part of a share of one run's steps; all but the better half are stopped."""
         steps = self._rung_steps(len(trials), share)
-        affordable = trials[: max((self.state.budget - self.state.used) // steps, 0)]
+        reserve = 0 if self.least == MIN_STEPS else 4 * self.least  # for the verification on two seeds
+        affordable = trials[: max((self.state.budget - self.state.used - reserve) // steps, 0)]
         for trial in affordable:
             trial.steps, trial.untreated = steps, self._untreated_at(steps)
             self.state.trials.append(trial)
@@ -311,6 +314,9 @@ class _Search:
             self.told(self.state)
 
     def _untreated_at(self, steps: int) -> float:
+        """Return the level of the untreated run; one that comes to nothing in the end is as bad as any before, too."""
+        if not math.isfinite(self.rank(self.untreated, 0)):
+            return math.inf
         return self.rank(self.untreated, steps)
 
     def _better(self, trials: Sequence[Trial]) -> list[Trial]:
@@ -322,6 +328,8 @@ class _Search:
         """Run the treatment and nothing on fresh seeds, and test the paired differences."""
         left = self.state.budget - self.state.used
         seeds, steps = FRESH_SEEDS, min(self.length, left // (2 * FRESH_SEEDS))
+        if steps < self.least:
+            seeds, steps = min(FRESH_SEEDS, left // (2 * self.least)), self.least
         if self.rank is not self.score:  # what is printed at the end only takes whole runs
             seeds, steps = min(FRESH_SEEDS, left // (2 * self.length)), self.length
         if steps < min(MIN_STEPS, self.length) or seeds < 2:
@@ -340,6 +348,14 @@ class _Search:
             self.state.winner = Winner(chosen.treatments, gain, spread, p, self.code_of(chosen.treatments))
             return True
         return False
+
+
+def _informative_steps(untreated: Outcome) -> int:
+    """Return how long a trial must be to tell anything: past the first loss that was not finite, if there is one."""
+    assert untreated.recording is not None
+    trace = main_trace(untreated.recording)
+    failed = trace.loss_steps[~np.isfinite(trace.losses)]
+    return max(MIN_STEPS, int(PAST_FAILURE * failed[0])) if len(failed) else MIN_STEPS
 
 
 def loss_level(outcome: Outcome, steps: int) -> float:
