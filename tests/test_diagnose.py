@@ -175,6 +175,23 @@ def test_vanishing_needs_the_loss_to_suffer() -> None:
     assert illnesses(make_trace(FLAT, measures=flow))[0] == "vanishing-gradient"
 
 
+def test_three_sigmoids_starve_the_first_layer() -> None:
+    """Where nothing is learnt, (1/4)**3 of the gradient is little enough; three ReLU layers are not blamed for it."""
+    names = ("first", "second", "third", "fourth", "out")
+    flow = {"log2_flow": [-8.0, -6.5, -4.0, -2.0, 0.0]}
+    sigmoids = layers("sigmoid", names)
+    assert illnesses(make_trace(FLAT, measures=flow, chain=sigmoids))[0] == "vanishing-gradient"
+    assert "vanishing-gradient" not in illnesses(make_trace(FLAT, measures=flow, chain=layers("relu", names)))
+    assert illnesses(make_trace(measures=flow, chain=sigmoids)) == []
+
+
+def test_units_of_one_direction_are_no_cause() -> None:
+    """Half of the units dead from the start follow from a gradient that vanishes; units that all die come before it."""
+    flow = {"log2_flow": [-34.0, -17.0, 0.0]}
+    assert illnesses(make_trace(FLAT, measures={**flow, "dead_share": [0.6, 0.5, 0.0]}))[0] == "vanishing-gradient"
+    assert illnesses(make_trace(FLAT, measures={**flow, "dead_share": [1.0, 0.5, 0.0]}))[0] == "dead-units"
+
+
 def test_initialisation_is_blamed_only_for_its_scale() -> None:
     """A vanishing gradient under usual weights is not the initialisation's fault; under tiny weights it is."""
     flow = {"log2_flow": [-34.0, -17.0, 0.0]}

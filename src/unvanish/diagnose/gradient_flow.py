@@ -24,6 +24,7 @@ from .reading import (
 )
 
 VANISHED = -13.3  # log2 of 1e-4: the share of the output's gradient that reaches a layer
+SQUASHED = -6.0  # log2 of (1/4)**3: three sigmoids, whose slope is 1/4 at most
 EXPLODED = 10.0  # log2 of 1,000
 SPIKE = 100.0  # largest gradient over the median one
 MANY_DEAD = 0.5
@@ -46,17 +47,18 @@ def vanishing_gradient(trace: Trace) -> Iterator[Finding]:
     if not layers or not learned.is_poor:
         return
     flow = np.minimum(at_start(trace, "log2_flow"), throughout(trace, "log2_flow"))
-    faint = [place for place in layers if flow[place] < VANISHED]
+    limit = SQUASHED if learned.has_failed and _is_sigmoid_net(trace) else VANISHED
+    faint = [place for place in layers if flow[place] < limit]
     if not faint:
         return
-    first = faint[0]
+    first, share = faint[0], "1e-4" if limit == VANISHED else "1/64"
     rms = throughout(trace, "grad_rms")[first]
     gain = np.nanmedian(throughout(trace, "log2_gain")[layers])
-    lost = column(trace, "log2_flow", first) < VANISHED
+    lost = column(trace, "log2_flow", first) < limit
     yield Finding(
         "vanishing-gradient",
         "critical",
-        f"{len(faint)} of {len(layers)} layers get less than 1e-4 of the gradient at the output; "
+        f"{len(faint)} of {len(layers)} layers get less than {share} of the gradient at the output; "
         f"{trace.layers[first].name!r} gets 2**{flow[first]:.0f} of it (rms {rms:.2g}), because each layer passes "
         f"back {2**gain:.2g} of what it receives.",
         "Hochreiter 1991; Glorot & Bengio 2010, section 4.2; threshold: AutoTrainer 2021 with its accuracy gate",
@@ -67,6 +69,12 @@ def vanishing_gradient(trace: Trace) -> Iterator[Finding]:
         evidence={"log2_flow": float(flow[first]), "grad_rms": float(rms), "log2_gain": float(gain)},
         treatments=("he-init", "batch-norm", "skip-connections", "leaky-relu"),
     )
+
+
+def _is_sigmoid_net(trace: Trace) -> bool:
+    """Say whether at least three layers, and no others that are hidden, end in a sigmoid."""
+    kinds = [layer.activation for layer in trace.layers if layer.activation and is_hidden(layer)]
+    return kinds.count("sigmoid") >= 3 and set(kinds) == {"sigmoid"}
 
 
 def exploding_gradient(trace: Trace) -> Iterator[Finding]:

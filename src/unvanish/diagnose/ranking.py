@@ -35,6 +35,7 @@ ORDER: tuple[str, ...] = (
     "slow-convergence",
     "stagnation",
 )
+ALMOST_ALL = 0.9  # of the units; by chance a unit is off with probability 1/2
 _SYMPTOMS = frozenset(("constant-output", "oscillating-loss", "slow-convergence", "stagnation", "unlearnable-labels"))
 
 
@@ -65,7 +66,15 @@ def _order(finding: Finding) -> float:
     """Return the place in the chain of causes; a forbidden argument comes before what it poisons."""
     if finding.illness == "non-finite" and "smallest_input" in finding.evidence:
         return ORDER.index("poor-initialisation") - 0.5
+    if finding.illness == "dead-units" and _is_of_one_direction(finding):
+        return ORDER.index("vanishing-gradient") + 0.5
     return ORDER.index(finding.illness) if finding.illness in ORDER else len(ORDER)
+
+
+def _is_of_one_direction(finding: Finding) -> bool:
+    """Say whether units are off because a deep net maps all inputs onto one direction: half of them, from the start."""
+    evidence = finding.evidence
+    return evidence.get("dead_share_start", 0.0) >= 0.5 and evidence.get("dead_share", 1.0) < ALMOST_ALL
 
 
 def _follows(finding: Finding, cause: Finding) -> bool:
