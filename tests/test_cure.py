@@ -16,6 +16,7 @@ from unvanish import Recording
 from unvanish.candidates import FOR_ILLNESS, MAX_CANDIDATES, candidates, combined
 from unvanish.cure import Cure, Outcome, Request, RunTrials, cure, paired_test
 from unvanish.diagnose.ranking import ORDER
+from unvanish.processes import metric_reader
 from unvanish.records import Finding, Findings
 from unvanish.treatments import TREATMENTS
 
@@ -118,3 +119,71 @@ def test_combinations_do_not_contradict_themselves() -> None:
     """Two initialisations or two rates are never applied together."""
     assert combined(("he-init",), ("lsuv-init", "clip-norm=1")) == ("he-init", "clip-norm=1")
     assert combined(("lower-lr=0.1",), ("raise-lr=10",)) == ("lower-lr=0.1",)
+
+
+def test_trials_of_a_run_that_fails_last_past_its_failure() -> None:
+    """A shorter trial could not tell whether a treatment helps; the verification has as many steps too."""
+    failure = 200
+
+    def run(request: Request) -> Outcome:
+        count = request.steps or STEPS
+        losses = np.geomspace(1.0, 0.1, count)
+        if not request.treatments:
+            losses[failure:] = math.nan
+        return Outcome(Recording({}, (make_trace(losses, steps=count),)))
+
+    state = cure(one_by_one(run))
+    assert state.winner is not None
+    assert state.used <= state.budget
+    assert min(trial.steps for trial in state.trials) > failure
+    assert all(math.isinf(trial.untreated) for trial in state.trials)
+
+
+def at_the_end(levels: dict[tuple[str, ...], float]) -> RunTrials:
+    """Return trials of a script that prints its metric after its last step only."""
+    rng = np.random.default_rng(0)
+
+    def run(request: Request) -> Outcome:
+        (outcome,) = trials(levels)([request])
+        is_whole = not request.steps
+        level = levels.get(request.treatments, 1.0) + 0.001 * rng.standard_normal()
+        printed = f"error {level:.4f}".encode() if is_whole else b""
+        return Outcome(outcome.recording, printed, printed_at=((request.steps or STEPS, 0),))
+
+    return one_by_one(run)
+
+
+@pytest.mark.parametrize(("budget", "is_found"), [(12.0, True), (5.0, False)])
+def test_a_metric_that_comes_at_the_end_takes_whole_runs(budget: float, is_found: bool) -> None:
+    """Short trials are then ranked by the training loss; without the budget for whole runs nothing is recommended."""
+    score = metric_reader("error ([0-9.]+)", is_higher_better=False)
+    state = cure(at_the_end({("zero-grad",): 0.01}), budget=budget, score=score, metric="error")
+    assert (state.winner is not None) == is_found
+    assert state.used <= state.budget
+    assert "printed at the end only" in state.notes[0]
+    if is_found:
+        assert state.trials[-1].steps == STEPS
+
+
+def test_what_was_printed_by_a_step() -> None:
+    """The text of the first steps ends where the step ended; that of all steps has what came after the last one."""
+    recording = Recording({}, (make_trace(steps=10),))
+    outcome = Outcome(recording, b"one two after", printed_at=((4, 4), (10, 8)))
+    assert [outcome.text(steps) for steps in (1, 4, 5, 9)] == ["one ", "one ", "one two ", "one two "]
+    assert outcome.text(10) == outcome.text() == "one two after"
+
+
+def test_an_interrupted_search_keeps_what_it_has() -> None:
+    """After Ctrl-C the trials so far are there, and no winner."""
+
+    def run(requests: Sequence[Request]) -> Iterator[Outcome]:
+        for request in requests:
+            if request.seed:
+                raise KeyboardInterrupt
+            yield next(iter(trials({("zero-grad",): 0.01})([request])))
+
+    state = cure(run)
+    assert state.is_interrupted
+    assert state.winner is None
+    assert any(trial.values for trial in state.trials)
+    assert state.to_dict()["is_interrupted"] is True
