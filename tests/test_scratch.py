@@ -68,6 +68,18 @@ def test_what_is_left_out_is_not_there(project: Path, tmp_path: Path) -> None:
     assert (tmp_path / "home").exists()
 
 
+def test_environments_are_linked_and_not_written_through(project: Path, tmp_path: Path) -> None:
+    """A virtual environment is not copied; the guard refuses to write through the link to it."""
+    (project / "env").mkdir()
+    (project / "env" / "pyvenv.cfg").write_text("home = /usr/bin\n")
+    own = tmp_path / "own"
+    mirror([project], own / "mirror")
+    link = inside(own / "mirror", project) / "env"
+    assert link.is_symlink()
+    assert guarded(project, own, str(link / "new.txt"), "w", str(link / "pyvenv.cfg"), "r") == ["refused", "done"]
+    assert not (project / "env" / "new.txt").exists()
+
+
 def test_one_of_two_folders_in_the_other_is_copied_once(project: Path, tmp_path: Path) -> None:
     """The script's folder inside of the working folder is part of its copy."""
     mirror([project / "package", project], tmp_path / "place")

@@ -1,7 +1,8 @@
 """A working folder for a trial: it looks like the user's, and takes what the trial writes.
 
 Small files are copied, large ones and everything around the folder linked. Python's `open` of a linked file for writing
-first turns the link into a copy; writing into the user's own folder by an absolute path is refused.
+first turns the link into a copy; writing into the user's own folder is refused, be it by an absolute path or through a
+linked folder.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 COPIED_BYTES = 50_000_000  # all copied files together
 COPIED_FILE = 1_000_000  # a larger file is linked
-ENTRIES = 20_000  # files and folders that are entered; what is left then is linked as it is
+ENTRIES = 5_000  # files and folders that are entered; what is left then is linked as it is
 NEIGHBOURS = 500  # linked beside each folder on the way down
 
 
@@ -88,7 +89,7 @@ def _copy(source: Path, target: Path, left_out: set[Path], left: _Left) -> None:
             continue
         left.entries -= 1
         try:
-            if item.is_dir(follow_symlinks=False) and left.entries > 0 and not item.name.startswith("."):
+            if item.is_dir(follow_symlinks=False) and left.entries > 0 and not _is_installed(path):
                 new.mkdir()
                 _copy(path, new, left_out, left)
             elif item.is_file(follow_symlinks=False) and _affords(item.stat().st_size, left):
@@ -100,6 +101,11 @@ def _copy(source: Path, target: Path, left_out: set[Path], left: _Left) -> None:
                 _link(path, new)
         except OSError:
             continue
+
+
+def _is_installed(folder: Path) -> bool:
+    """Say whether a folder holds what no script writes to: hidden ones, virtual environments, packages of npm."""
+    return folder.name.startswith(".") or folder.name == "node_modules" or (folder / "pyvenv.cfg").exists()
 
 
 def _affords(size: int, left: _Left) -> bool:
