@@ -121,6 +121,13 @@ def main(images: Path) -> None:
             record.rename(record.with_name(("sick", "healthy")[number]))
         command = "unvanish compare runs/sick runs/healthy"
         draw(command, terminal_output(command, folder), images / "compare.svg")
+        draw_cure(folder, images / "cure.svg")
+
+
+def draw_cure(folder: Path, file: Path) -> None:
+    """Draw the search for a cure of the sick script."""
+    command = "unvanish cure train.py"
+    draw(command, terminal_output(command, folder), file)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,9 @@ def vanishing_gradient(trace: Trace) -> Iterator[Finding]:
     if not layers or not learned.is_poor:
         return
     flow = np.minimum(at_start(trace, "log2_flow"), throughout(trace, "log2_flow"))
-    limit = SQUASHED if learned.has_failed and _is_sigmoid_net(trace) else VANISHED
+    limit = VANISHED
+    if learned.has_failed and _is_sigmoid_net(trace) and not (flow[layers] < VANISHED).any():
+        limit = SQUASHED
     faint = [place for place in layers if flow[place] < limit]
     if not faint:
         return
