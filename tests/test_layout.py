@@ -24,6 +24,7 @@ ORDER = (
     ("diagnose",),
     ("treatments",),
     ("treat", "inject", "candidates"),
+    ("replicas",),
     ("report",),
     ("launch",),
     ("attend", "scratch"),

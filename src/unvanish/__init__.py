@@ -30,16 +30,27 @@ from .version import VERSION as __version__
 
 if TYPE_CHECKING:
     from .check import check as check
+    from .replicas import Coupling as Coupling
+    from .replicas import Replicas as Replicas
     from .session import Run as Run
     from .session import watch as watch
     from .treat import Changes as Changes
     from .treat import treat as treat
 
-_NEEDS_TORCH = {"watch": "session", "Run": "session", "check": "check", "treat": "treat", "Changes": "treat"}
+_NEEDS_TORCH = {
+    "watch": "session",
+    "Run": "session",
+    "check": "check",
+    "treat": "treat",
+    "Changes": "treat",
+    "Replicas": "replicas",
+    "Coupling": "replicas",
+}
 
 __all__ = [
     "DEFAULT_RULES",
     "Changes",
+    "Coupling",
     "Finding",
     "Findings",
     "Layer",
@@ -47,6 +58,7 @@ __all__ = [
     "OptionError",
     "RecordError",
     "Recording",
+    "Replicas",
     "Run",
     "TargetError",
     "Trace",
