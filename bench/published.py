@@ -173,13 +173,16 @@ def with_biases(value: float, layers: int) -> nn.Sequential:
     return model
 
 
-def after_large_steps(rate: float, steps: int) -> nn.Sequential:
-    """Return a ReLU net after He's initialisation and a few steps of far too high a rate."""
+def after_large_steps(rate: float, steps: int, then: int = 0) -> nn.Sequential:
+    """Return a ReLU net after He's initialisation, a few steps of far too high a rate, and then some at 0.1."""
     model = perceptron(3, 64)
     with unvanish.treat(model, None, "he-init") as changes:
         changes.keep()
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-    descend(model, optimizer, some_digits(64), steps, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    descend(model, optimizer, some_digits(64), steps, generator)
+    optimizer.param_groups[0]["lr"] = 0.1
+    descend(model, optimizer, some_digits(64), then, generator)
     return model
 
 
@@ -421,7 +424,7 @@ EXPERIMENTS = (
     ),
     *(
         Experiment(
-            f"dead-{where}-{name}",
+            f"dead-{where}-{name.replace('=', '-')}",
             f"{fact}; {title} brings them back",
             source,
             f"{setting}; accuracy",
@@ -441,6 +444,22 @@ EXPERIMENTS = (
         for name, title, source in (
             ("leaky-relu", "a leaky ReLU", "Maas et al. 2013, section 2"),
             ("elu", "an ELU", "Clevert et al. 2016, section 3"),
+            ("he-init=dead", "a new start of the dead ones alone", "Sokar et al. 2023"),
+        )
+    ),
+    *(
+        Experiment(
+            f"dead-later-{name.replace('=', '-')}",
+            f"Ten steps after such steps {title} brings them back",
+            source,
+            "2 hidden layers of 64, 2 steps at rate 10, 10 at rate 0.1, then treated, 3000 steps; accuracy",
+            partial(train, net=partial(after_large_steps, 10.0, 2, 10), rate=0.1, steps=3000),
+            learns_only_treated,
+            (name,),
+        )
+        for name, title, source in (
+            ("he-init=dead", "a new start of the dead ones alone", "Sokar et al. 2023"),
+            ("he-init", "a new start of all weights", "He et al. 2015, section 2.2"),
         )
     ),
 )  # fmt: skip

@@ -23,7 +23,13 @@ SEEDS = 5
 QUICK = {"ioffe-x30", "lsuv-variance"}
 # What docs/published.md says of the rest: as published in at most one seed; in some seeds, and the means differ.
 NOT_SHOWN = {"pascanu-20-0.03", "dead-one-elu", "dead-two-leaky-relu", "dead-step-leaky-relu", "dead-step-elu"}
-IN_PART = {"he-30-long", "pascanu-20-0.1"}
+IN_PART = {
+    "he-30-long",
+    "pascanu-20-0.1",
+    "dead-step-he-init-dead",
+    "dead-later-he-init-dead",
+    "dead-later-he-init",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +71,15 @@ def test_a_pair_differs_in_its_treatments_only() -> None:
     assert outcome != quick(4, ("he-init",))
     idle = replace(experiment, run=quick, treated=experiment.control)
     assert published.measure(idle, SEEDS)["shown"] == 0
+
+
+def test_dead_units_start_anew_where_other_activations_do_not_help() -> None:
+    """Two far too large steps kill most units: revived, every net learns; with a leaky ReLU or an ELU none does."""
+    train = partial(published.train, net=partial(published.after_large_steps, 10.0, 2), rate=0.1, steps=400)
+    for seed in range(3):
+        assert train(seed, ("he-init=dead",)).value > 0.7
+        for other in ("leaky-relu", "elu"):
+            assert train(seed, (other,)).value <= published.AT_CHANCE
 
 
 def test_xaviers_initialisation_fades_in_a_deep_relu_net_and_hes_does_not() -> None:

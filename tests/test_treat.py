@@ -69,13 +69,91 @@ class Shared(nn.Module):
         return self.head(F.gelu(self.second(F.gelu(self.first(x)))))
 
 
-NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "functional": (Functional, (16, 4)),
-    "convolutional": (Convolutional, (16, 3, 8, 8)),
-    "recurrent": (Recurrent, (16, 5, 4)),
-    "shared": (Shared, (16, 4)),
-    "sequential": (lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Sigmoid(), nn.Linear(6, 1)), (16, 4)),
+class Block(nn.Module):
+    """Norms that are attributes; a shortcut reads what stands before the last norm's layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.norm2 = nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False), nn.BatchNorm2d(4, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))) + x)
+
+
+class Attentive(nn.Module):
+    """torch's own transformer layer behind an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(12, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.layer(self.embed(tokens)).mean(1))
+
+
+class Logits(nn.Module):
+    """A network of the library transformers that returns its logits only."""
+
+    def __init__(self, kind: str, **config: Any) -> None:
+        super().__init__()
+        import transformers
+
+        config_of = getattr(transformers, {"Bert": "BertConfig", "GPT2": "GPT2Config"}.get(kind[:4], "ViTConfig"))
+        self.net = getattr(transformers, kind)(config_of(**config))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).logits
+
+
+def bert() -> nn.Module:
+    """Return a tiny encoder with a head for three classes."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return Logits("BertForSequenceClassification", vocab_size=12, max_position_embeddings=8, num_labels=3, **sizes)
+
+
+def gpt2() -> nn.Module:
+    """Return a tiny decoder whose head is its embedding."""
+    tokens = {"vocab_size": 12, "bos_token_id": 0, "eos_token_id": 0}
+    return Logits("GPT2LMHeadModel", n_embd=8, n_layer=1, n_head=2, n_positions=8, **tokens)
+
+
+def vit() -> nn.Module:
+    """Return a tiny vision transformer."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return Logits("ViTForImageClassification", image_size=8, patch_size=4, num_labels=3, **sizes)
+
+
+def residual() -> nn.Module:
+    """Return convolutions beside a shortcut."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Block(), nn.Flatten(), nn.Linear(4 * 36, 2))
+
+
+def numbers(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(shape)
+
+
+def tokens() -> Tensor:
+    return torch.randint(12, (16, 5))
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "functional": (Functional, numbers(16, 4)),
+    "convolutional": (Convolutional, numbers(16, 3, 8, 8)),
+    "recurrent": (Recurrent, numbers(16, 5, 4)),
+    "shared": (Shared, numbers(16, 4)),
+    "sequential": (
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Sigmoid(), nn.Linear(6, 1)),
+        numbers(16, 4),
+    ),
+    "residual": (residual, numbers(16, 3, 8, 8)),
+    "attentive": (Attentive, tokens),
+    "bert": (bert, tokens),
+    "gpt2": (gpt2, tokens),
+    "vit": (vit, numbers(16, 3, 8, 8)),
 }
+WITH_VALUES = ("he-init=dead", "limit-units=0.5", "clip-norm=auto", "raise-lr=hold")
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -89,25 +167,36 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
         "modes": {n: m.training for n, m in model.named_modules()},
         "grads": {n: p.requires_grad for n, p in model.named_parameters()},
         "classes": [type(m) for m in model.modules()],
+        "memory": {
+            f"{name}: {key}": value.clone()
+            for name, parameter in model.named_parameters()
+            for key, value in optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        },
     }
 
 
 def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
     """Compare bit for bit."""
-    assert before["tensors"].keys() == after["tensors"].keys()
-    for name, value in before["tensors"].items():
-        assert torch.equal(value, after["tensors"][name]), name
-    assert {k: v for k, v in before.items() if k != "tensors"} == {k: v for k, v in after.items() if k != "tensors"}
+    parts = ("tensors", "memory")
+    for part in parts:
+        assert before[part].keys() == after[part].keys()
+        for name, value in before[part].items():
+            assert torch.equal(value, after[part][name]), name
+    assert {k: v for k, v in before.items() if k not in parts} == {k: v for k, v in after.items() if k not in parts}
 
 
 @pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("identifier", TREATMENTS)
+@pytest.mark.parametrize("identifier", [*TREATMENTS, *WITH_VALUES])
 def test_undoing_restores_everything(net: str, identifier: str) -> None:
-    """Applied and left, or refused, a treatment leaves weights, groups, hooks, modes and classes as they were."""
+    """Applied and left, or refused, a treatment leaves weights, momentum, hooks, modes and classes as they were."""
     torch.manual_seed(0)
-    make, shape = NETS[net]
-    model, x = make().eval(), torch.randn(shape)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    make, batch = NETS[net]
+    model, x = make().eval(), batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    model(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
     before = everything(model, optimizer)
     reference = model(x)
     facts = {"target_mean": 3.0, "target_std": 2.0}
@@ -296,18 +385,57 @@ def test_the_last_squash_is_left_out_for_the_loss_only() -> None:
             torch.testing.assert_close(model(x).sum(1), torch.ones(5))
 
 
-def test_folding_a_batch_norm_keeps_the_outputs() -> None:
-    """Folded, the network predicts the same to 1e-5 and holds no batch norm."""
+class TwoReaders(nn.Module):
+    """A norm that must stay: the layer before it has another reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.head(self.norm(y) + y)
+
+
+def _perceptron_with_norms() -> nn.Module:
+    hidden = [m for _ in range(3) for m in (nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(4, 2))
+
+
+# Net, shape of a batch, norms that are folded without a batch, and with one, and norms that stay.
+WITH_NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int, int]] = {
+    "convolutional": (Convolutional, (16, 3, 8, 8), 1, 1, 0),
+    "perceptron": (_perceptron_with_norms, (16, 4), 3, 3, 0),
+    "residual": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Block()), (16, 3, 8, 8), 1, 3, 0),
+    "two readers": (lambda: nn.Sequential(Block(), TwoReaders()), (16, 4, 8, 8), 0, 2, 1),
+}
+
+
+@pytest.mark.parametrize("net", WITH_NORMS)
+def test_folding_batch_norms_keeps_the_outputs(net: str) -> None:
+    """Folded, a network predicts the same to 1e-5; a batch finds the norms outside of containers."""
     torch.manual_seed(0)
-    model = Convolutional()
+    make, shape, alone, with_batch, stay = WITH_NORMS[net]
+    model = make()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
     for _ in range(5):
-        model(torch.randn(16, 3, 8, 8) * 2 + 1)
+        model(torch.randn(shape) * 2 + 1)
     model.eval()
-    x = torch.randn(4, 3, 8, 8)
-    reference = model(x)
-    with unvanish.treat(model, None, "fold-bn"):
-        torch.testing.assert_close(model(x), reference, rtol=1e-5, atol=1e-5)
-        assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    x = torch.randn(shape)
+    reference, norms = model(x), sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    for inputs, folded in (((), alone), ((torch.randn(shape),), with_batch)):
+        if not folded:
+            with pytest.raises(unvanish.TreatmentError, match="inputs=\\(x,\\)"):
+                unvanish.treat(model, None, "fold-bn", inputs=inputs).keep()
+            continue
+        with unvanish.treat(model, None, "fold-bn", inputs=inputs):
+            torch.testing.assert_close(model(x), reference, rtol=1e-5, atol=1e-5)
+            assert sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) == norms - folded
+        assert torch.equal(model(x), reference)
+    assert norms == with_batch + stay
 
 
 SCRIPT = """

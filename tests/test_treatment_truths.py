@@ -1,4 +1,4 @@
-"""Later remedies: clipping by history, a rate per layer, fewer units, augmentation, logits in regression."""
+"""Later remedies: clipping by history, a rate per layer, fewer units, dead ones anew, augmentation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -375,6 +377,159 @@ def test_a_share_is_a_share(value: str) -> None:
     """Values outside (0, 1) are refused in words."""
     with pytest.raises(unvanish.TreatmentError, match=r"expected a share of the units in \(0, 1\)"):
         parse_treatment(f"limit-units={value}")
+
+
+# --- dead units alone
+
+
+def rest_of(model: nn.Module, layers: list[nn.Module]) -> list[Tensor]:
+    """Return the weights of units other than 2 and 5 in some layers."""
+    others = [0, 1, 3, 4, 6, 7]
+    return [parameter.detach()[others].clone() for layer in layers for parameter in (layer.weight, layer.bias)]
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("identifier", ["he-init", "xavier-init", "lecun-init", "orthogonal-init"])
+@pytest.mark.parametrize("net", ["linear", "words", "convolutional", "line", "functional"])
+def test_dead_units_wake_and_nothing_else_changes(net: str, identifier: str, is_training: bool) -> None:
+    """Outputs on the batch and the weights of other units stay; the dead ones are awake, and wait for a gradient."""
+    model, x, layers = with_dead_units(net)
+    model.train(is_training)
+    reference, rest = outputs_of(model, x), rest_of(model, layers)
+    with unvanish.treat(model, None, f"{identifier}=dead", inputs=(x,)) as changes:
+        (change,) = changes
+        assert change.preserves_function
+        assert change.what == f"{2 * len(layers)} of {2 * len(layers)} dead units are awake again"
+        assert change.layers == tuple(WITH_UNITS[net][2])
+        torch.testing.assert_close(outputs_of(model, x), reference, rtol=1e-5, atol=1e-5)
+        # A weight of a unit in the next layer changes only where it reads a unit that was dead: there it is 0.
+        for old, new in zip(rest, rest_of(model, layers), strict=True):
+            assert bool(((old == new) | (new == 0)).all())
+        with pytest.raises(unvanish.TreatmentError, match="found no dead unit"):
+            unvanish.treat(model, None, f"{identifier}=dead", inputs=(x,)).keep()
+
+
+@pytest.mark.parametrize("make", [partial(torch.optim.SGD, momentum=0.9), torch.optim.Adam])
+@pytest.mark.parametrize("net", ["linear", "convolutional", "functional"])
+def test_the_optimiser_forgets_what_was_replaced_and_undoing_brings_it_back(
+    net: str, make: Callable[..., torch.optim.Optimizer]
+) -> None:
+    """Moments of dead units are zero, the others stay; undone at once, weights, buffers and moments are as before."""
+    model, x, layers = with_dead_units(net)
+    optimizer = make(model.parameters(), lr=1e-5)
+    train(model, optimizer, x)
+    for kept in optimizer.state.values():  # as if the units had been awake before
+        for name, value in kept.items():
+            kept[name] = value + 1 if name != "step" else value
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    states = deepcopy(optimizer.state_dict()["state"])
+    with unvanish.treat(model, optimizer, "he-init=dead", inputs=(x,)):
+        for layer in layers:
+            for name, memory in optimizer.state[layer.weight].items():
+                if name != "step":
+                    assert memory[[2, 5]].eq(0).all()
+                    assert memory[[0, 1, 3, 4, 6, 7]].any()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, tensors[name]), name
+    for place, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, states[place][name]), (place, name)
+
+
+def test_undoing_keeps_what_the_others_have_learnt() -> None:
+    """After some steps only what was replaced goes back."""
+    model, x, _ = with_dead_units("linear")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    dead = model[0].weight[[2, 5]].clone()
+    with unvanish.treat(model, optimizer, "he-init=dead", inputs=(x,)):
+        train(model, optimizer, x)
+        assert model[0].weight.grad[[2, 5]].any()  # they learn
+        learnt = rest_of(model, [model[0]])
+    assert torch.equal(model[0].weight[[2, 5]], dead)
+    assert all(map(torch.equal, learnt, rest_of(model, [model[0]])))
+
+
+def test_drawn_weights_have_the_variance_of_the_whole_start() -> None:
+    """2 / fan in for he-init, 1 / fan in for lecun-init, in a convolution over channels times positions."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3))
+    with torch.no_grad():
+        model[0].bias[:48] = -100.0
+    for identifier, truth in (("he-init", 2 / 144), ("lecun-init", 1 / 144), ("xavier-init", 2 / (144 + 64 * 9))):
+        with unvanish.treat(model, None, f"{identifier}=dead", inputs=(torch.randn(4, 16, 8, 8),)):
+            assert float(model[0].weight.detach()[:48].var()) == pytest.approx(truth, rel=0.08)
+            assert not model[0].bias[:48].any()
+            assert not model[2].weight[:, :48].any()
+
+
+def test_layers_that_are_dead_one_after_the_other_wake_together() -> None:
+    """What a dead layer reads of a dead layer is drawn too; only the last one's readers are zero."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.bias.fill_(-100.0)
+    x = torch.randn(64, 4)
+    reference = model(x)
+    with unvanish.treat(model, None, "he-init=dead", inputs=(x,)) as changes:
+        assert next(iter(changes)).what == "32 of 32 dead units are awake again"
+        torch.testing.assert_close(model(x), reference, rtol=0, atol=0)
+        assert model[2].weight.ne(0).all()
+        assert not model[4].weight.any()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train(model, optimizer, x, steps=20)
+        assert model[0].weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda model: model[0].bias.data.fill_(10.0), "found no dead unit in 1 hidden layer.*'he-init'"),
+        (lambda model: model[0].requires_grad_(False), "found no trained linear or convolutional layer"),
+    ],
+)
+def test_nothing_to_wake_is_said(change: Callable[[nn.Module], object], words: str) -> None:
+    """Where no unit is dead, or where dead ones are frozen, the treatment is refused."""
+    model, x, _ = with_dead_units("linear")
+    change(model)
+    with pytest.raises(unvanish.TreatmentError, match=f"(?s){words}"):
+        unvanish.treat(model, None, "he-init=dead", inputs=(x,)).keep()
+
+
+def test_waking_needs_a_batch() -> None:
+    """Without one the words say how to give it."""
+    model, _, _ = with_dead_units("linear")
+    with pytest.raises(unvanish.TreatmentError, match=r"found no batch.*'he-init=dead', inputs=\(x,\)"):
+        unvanish.treat(model, None, "he-init=dead").keep()
+
+
+def test_units_that_are_awake_with_huge_weights_kill_the_others_again() -> None:
+    """The limit of a new start of dead units alone: after a step at rate 10 it fails where one of all weights helps."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 8)
+    y = x[:, :2].abs().sum(1, keepdim=True)
+    errors = {}
+    for treatment in ("he-init=dead", "he-init"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+        with unvanish.treat(model, None, "he-init") as changes:
+            changes.keep()
+        for rate, steps in ((10.0, 1), (0.05, 20)):
+            fit(model, x, y, rate, steps)
+        with unvanish.treat(model, None, treatment, inputs=(x,)):
+            fit(model, x, y, 0.05, 300)
+            errors[treatment] = float((model(x) - y).detach().square().mean() / y.var())
+    assert errors["he-init"] < 0.1
+    assert not errors["he-init=dead"] < 0.9  # nan is not less
+
+
+def fit(model: nn.Module, x: Tensor, y: Tensor, rate: float, steps: int) -> None:
+    """Take some steps of plain descent."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
 
 
 # --- augmentation

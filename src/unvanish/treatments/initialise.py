@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import TreatmentError
 from ..records import Change
+from .revive import DEAD, revive
 from .treatment import Patient, Steps, Treatment, saved_tensors
 
 # Gains that keep E[f(gain * z)**2] = 1 for standard normal z: 1/sqrt(E[f(z)**2]) to first order. torch has none
@@ -112,23 +113,53 @@ def _normal(std: float) -> Callable[[Tensor], Any]:
     return lambda weight: nn.init.normal_(weight, std=std)
 
 
+def _initialisation(identifier: str, fill: Fill, value: str, code: str) -> Treatment:
+    """Return the treatment that starts all weights anew, or those of dead units only."""
+    if value != DEAD:
+        return Treatment(identifier, _start(identifier, fill), value, code=code)
+
+    def draw(module: nn.Module) -> Tensor:
+        weight = torch.empty_like(module.weight)  # type: ignore[arg-type]
+        fill(weight, *initial_fans(module, weight))
+        return weight
+
+    code = f"unvanish.treat(model, optimizer, '{identifier}={DEAD}', inputs=(x,)).keep()  # once units have died"
+    return Treatment(identifier, revive(identifier, draw), DEAD, preserves_function=True, code=code)
+
+
 def he_init(nonlinearity: str = "relu") -> Treatment:
     """Normal weights of variance gain**2 / fan in: keeps the forward variance under rectifiers.
 
-    Source: He et al. 2015, equation 10.
+    Args:
+        nonlinearity: The activation whose gain is used; or ``"dead"``: only units that are dead on a batch start
+            anew, with the gain of a ReLU, and the outputs on the batch stay; see `revive`.
+
+    Source: He et al. 2015, equation 10; Sokar et al. 2023 (``"dead"``).
+
+    Example:
+        >>> import unvanish
+        >>> model = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1))
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight.copy_(torch.tensor([[3.0], [-1.0]])), model[0].bias.zero_()
+        >>> with unvanish.treat(model, None, "he-init=dead", inputs=(torch.ones(4, 1),)) as changes:
+        ...     print(next(iter(changes)).what, model[0].weight[0].item(), bool(model[0].weight[1] > 0))
+        1 of 1 dead units are awake again 3.0 True
     """
-    gain = gain_of(nonlinearity, "he-init")
-    return Treatment(
+    gain = gain_of(nonlinearity, "he-init", dead="relu")
+    return _initialisation(
         "he-init",
-        _start("he-init", lambda w, fan_in, fan_out: _normal(gain / math.sqrt(max(fan_in, 1)))(w)),
-        value="" if nonlinearity == "relu" else nonlinearity,
-        code="for m in model.modules():\n    if isinstance(m, (nn.Linear, nn.Conv2d)):\n"
+        lambda w, fan_in, fan_out: _normal(gain / math.sqrt(max(fan_in, 1)))(w),
+        "" if nonlinearity == "relu" else nonlinearity,
+        "for m in model.modules():\n    if isinstance(m, (nn.Linear, nn.Conv2d)):\n"
         "        nn.init.kaiming_normal_(m.weight, nonlinearity='relu')\n        nn.init.zeros_(m.bias)",
     )
 
 
 def xavier_init(nonlinearity: str = "linear") -> Treatment:
     """Uniform weights of variance 2 gain**2 / (fan in + fan out): a compromise of both directions.
+
+    Args:
+        nonlinearity: The activation whose gain is used, or ``"dead"``; see `he_init`.
 
     Source: Glorot & Bengio 2010, equation 16.
     """
@@ -138,50 +169,66 @@ def xavier_init(nonlinearity: str = "linear") -> Treatment:
         bound = gain * math.sqrt(6 / (fan_in + fan_out))
         nn.init.uniform_(weight, -bound, bound)
 
-    return Treatment(
+    return _initialisation(
         "xavier-init",
-        _start("xavier-init", fill),
-        value="" if nonlinearity == "linear" else nonlinearity,
-        code="for m in model.modules():\n    if isinstance(m, (nn.Linear, nn.Conv2d)):\n"
+        fill,
+        "" if nonlinearity == "linear" else nonlinearity,
+        "for m in model.modules():\n    if isinstance(m, (nn.Linear, nn.Conv2d)):\n"
         "        nn.init.xavier_uniform_(m.weight)\n        nn.init.zeros_(m.bias)",
     )
 
 
-def lecun_init() -> Treatment:
+def lecun_init(units: str = "") -> Treatment:
     """Normal weights of variance 1 / fan in: keeps the forward variance of linear and selu layers.
+
+    Args:
+        units: All, or ``"dead"`` ones only; see `he_init`.
+
+    Raises:
+        TreatmentError: if it is neither.
 
     Source: LeCun et al. 1998, equation 16; Klambauer et al. 2017.
     """
-    return Treatment(
+    if units not in ("", DEAD):
+        raise TreatmentError(
+            f"treat(): 'lecun-init': found {units!r}, expected no value or 'dead'. Nothing was changed."
+        )
+    return _initialisation(
         "lecun-init",
-        _start("lecun-init", lambda w, fan_in, fan_out: _normal(1 / math.sqrt(max(fan_in, 1)))(w)),
-        code="nn.init.kaiming_normal_(m.weight, nonlinearity='linear')",
+        lambda w, fan_in, fan_out: _normal(1 / math.sqrt(max(fan_in, 1)))(w),
+        units,
+        "nn.init.kaiming_normal_(m.weight, nonlinearity='linear')",
     )
 
 
 def orthogonal_init(nonlinearity: str = "linear") -> Treatment:
     """Orthogonal weights: every singular value is the gain.
 
+    Args:
+        nonlinearity: The activation whose gain is used, or ``"dead"``: dead units get rows of an orthogonal matrix,
+            which are not orthogonal to those that stay; see `he_init`.
+
     Source: Saxe, McClelland & Ganguli 2014.
     """
     gain = gain_of(nonlinearity, "orthogonal-init")
-    return Treatment(
+    return _initialisation(
         "orthogonal-init",
-        _start("orthogonal-init", lambda w, fan_in, fan_out: nn.init.orthogonal_(w, gain)),
-        value="" if nonlinearity == "linear" else nonlinearity,
-        code="nn.init.orthogonal_(m.weight)",
+        lambda w, fan_in, fan_out: nn.init.orthogonal_(w, gain),
+        "" if nonlinearity == "linear" else nonlinearity,
+        "nn.init.orthogonal_(m.weight)",
     )
 
 
-def gain_of(nonlinearity: str, treatment: str) -> float:
-    """Return the gain of an activation.
+def gain_of(nonlinearity: str, treatment: str, *, dead: str = "linear") -> float:
+    """Return the gain of an activation; where only dead units start anew, that of ``dead``.
 
     Raises:
         TreatmentError: if it has none here.
     """
+    nonlinearity = dead if nonlinearity == DEAD else nonlinearity
     if nonlinearity not in GAINS:
         raise TreatmentError(
-            f"treat(): {treatment!r}: found nonlinearity {nonlinearity!r}, expected one of {', '.join(GAINS)}. "
+            f"treat(): {treatment!r}: found {nonlinearity!r}, expected 'dead' or a nonlinearity: {', '.join(GAINS)}. "
             "Nothing was changed."
         )
     return GAINS[nonlinearity]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from itertools import pairwise
@@ -14,6 +15,7 @@ from ..errors import TreatmentError
 from ..layers import is_batch_norm, is_normalisation
 from ..records import Change
 from .treatment import Patient, Steps, Treatment, owned_by_optimizer, saved_tensors
+from .units import normed
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 NAME = "unvanish_norm"
@@ -194,6 +196,9 @@ def _pool(model: nn.Module, norms: list[Any], inputs: list[Any]) -> None:
 def fold_bn() -> Treatment:
     """Fold batch norms into the layers before them, for prediction: the same outputs at no cost.
 
+    Norms that stand directly after a layer in an `nn.Sequential` are found by that; all others by a batch, from what
+    reads a layer's output: ``inputs=(x,)``.
+
     Source: Jacob et al. 2018, section 3.2.
     """
     return Treatment(
@@ -202,11 +207,12 @@ def fold_bn() -> Treatment:
 
 
 def _fold(patient: Patient) -> Steps:
-    pairs = _foldable(patient.model)
-    if not pairs or patient.model.training:
+    pairs = [] if patient.model.training else _foldable(patient)
+    if not pairs:
         raise TreatmentError(
             "treat(): 'fold-bn': found no linear or convolutional layer followed by a batch norm in eval mode, "
-            "expected at least one. Nothing was changed. Call model.eval() first."
+            "expected at least one. Nothing was changed. Call model.eval() first; with a batch, inputs=(x,), norms "
+            "outside of nn.Sequential are found, too."
         )
     originals: list[tuple[nn.Module, Any, Any, nn.Module, str, nn.Module]] = []
     for layer, parent, key, norm in pairs:
@@ -221,19 +227,25 @@ def _fold(patient: Patient) -> Steps:
             parent._modules[key] = norm
 
 
-def _foldable(model: nn.Module) -> list[tuple[Any, nn.Module, str, Any]]:
-    """Return layers that stand directly before a batch norm in the same container."""
-    pairs: list[tuple[Any, nn.Module, str, Any]] = []
-    for parent in model.modules():
-        if not isinstance(parent, nn.Sequential):
-            continue
-        children = list(parent._modules.items())
-        for (_, layer), (key, norm) in pairwise(children):
-            is_norm = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
-            is_layer = isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))
-            if is_norm and is_layer and not isinstance(layer, nn.modules.conv._ConvTransposeNd):
-                pairs.append((layer, parent, key, norm))
-    return pairs
+def _foldable(patient: Patient) -> list[tuple[Any, nn.Module, str, Any]]:
+    """Return layers, and where the norms stand that are folded into them."""
+    places = [(parent, key, m) for parent in patient.model.modules() for key, m in parent._modules.items()]
+    uses = Counter(module for _, _, module in places)
+    layers = {norm: layer for layer, norm in (normed(patient) if patient.inputs else [])}
+    for parent in patient.model.modules():
+        if isinstance(parent, nn.Sequential):
+            layers |= {norm: layer for layer, norm in pairwise(parent)}
+    return [
+        (layers[norm], parent, key, norm)
+        for parent, key, norm in places
+        if norm in layers and uses[norm] == uses[layers[norm]] == 1 and _is_foldable(layers[norm], norm)
+    ]
+
+
+def _is_foldable(layer: nn.Module, norm: Any) -> bool:
+    is_norm = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
+    is_layer = isinstance(layer, _LAYERS) and not isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    return is_norm and is_layer
 
 
 @torch.no_grad()
