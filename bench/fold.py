@@ -3,8 +3,9 @@
     python bench/fold.py [--pairs 15] [--json FILE]
 
 Each net has batch norms with statistics of their own, and predicts one batch in eval mode without gradients, on one
-thread. Folded and unfolded predictions take turns, A B B A; `ratio` is the time of a folded one over that of an
-unfolded one, the median over the pairs with its quartiles. `difference` is the largest distance between two outputs,
+thread. Folded and unfolded predictions take turns, A B B A; `ratio` is the CPU time of a folded one over that of an
+unfolded one, the median over the pairs with its quartiles. On one thread with nothing else to do that is time; on a
+busy machine it is not the wait for others. `difference` is the largest distance between two outputs,
 as a share of the largest output.
 """
 
@@ -78,11 +79,11 @@ def prepared(net: str) -> tuple[nn.Module, Tensor]:
 
 @torch.no_grad()
 def seconds(model: nn.Module, x: Tensor, times: int) -> float:
-    """Return what one prediction takes."""
-    begin = time.perf_counter()
+    """Return the CPU time of one prediction."""
+    begin = time.process_time()
     for _ in range(times):
         model(x)
-    return (time.perf_counter() - begin) / times
+    return (time.process_time() - begin) / times
 
 
 def measure(net: str, pairs: int) -> dict[str, Any]:
