@@ -375,16 +375,6 @@ def test_targets_are_standardised_without_changing_the_units_of_outputs() -> Non
         torch.testing.assert_close(first(x), second(x) * 40 + 500, rtol=1e-4, atol=1e-3)
 
 
-def test_the_last_squash_is_left_out_for_the_loss_only() -> None:
-    """While training the loss gets what stands before the softmax; predictions keep it."""
-    model = nn.Sequential(nn.Linear(4, 3), nn.Softmax(dim=1))
-    x = torch.randn(5, 4)
-    with unvanish.treat(model, None, "logits-loss"):
-        torch.testing.assert_close(model(x), model[0](x))
-        with torch.no_grad():
-            torch.testing.assert_close(model(x).sum(1), torch.ones(5))
-
-
 class TwoReaders(nn.Module):
     """A norm that must stay: the layer before it has another reader."""
 

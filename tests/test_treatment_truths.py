@@ -799,3 +799,17 @@ def test_a_relu_before_a_regression_is_dropped() -> None:
     with unvanish.treat(model, None, "logits-loss"):
         assert (model(x) < 0).any()
     assert (model(x) >= 0).all()
+
+
+def test_initialisations_start_norms_and_cells_too() -> None:
+    """A shift that kills all units goes, a scale of zeros stays, a cell's recurrent weight is orthogonal."""
+    model = nn.ModuleList([nn.BatchNorm2d(3), nn.LayerNorm(3), nn.RNNCell(2, 4)])
+    nn.init.constant_(model[0].bias, -5.0)
+    nn.init.constant_(model[0].weight, 3.0)
+    nn.init.zeros_(model[1].weight)
+    with unvanish.treat(model, None, "orthogonal-init"):
+        assert torch.equal(model[0].bias, torch.zeros(3))
+        assert torch.equal(model[0].weight, torch.ones(3))
+        assert torch.equal(model[1].weight, torch.zeros(3))
+        square = model[2].weight_hh @ model[2].weight_hh.T
+        torch.testing.assert_close(square, torch.eye(4), atol=1e-5, rtol=0)

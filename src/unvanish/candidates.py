@@ -54,8 +54,14 @@ FOR_ILLNESS: Mapping[str, tuple[Combination, ...]] = {
     "constant-output": (("he-init",), ("batch-norm",), ("lower-lr=0.1",)),
     "oscillating-loss": (("lower-lr=0.1",), ("warm-up",), ("clip-norm=1",)),
     "slow-convergence": (("raise-lr=10",), ("batch-norm",), ("he-init",)),
-    "stagnation": (("raise-lr=10",), ("batch-norm",), ("he-init",), ("lower-lr=0.1",)),
-    "overfitting": (("weight-decay=0.01",), ("dropout",), ("early-stopping",)),
+    "stagnation": (
+        ("raise-lr=10",),
+        ("batch-norm",),
+        ("he-init",),
+        ("lower-lr=0.1",),
+        ("orthogonal-init", "clip-norm=1"),
+    ),
+    "overfitting": (("weight-decay=0.1",), ("dropout=0.5",), ("weight-decay=0.01",), ("early-stopping",)),
     "unlearnable-labels": (("raise-lr=10",), ("lower-lr=0.1",)),
 }
 MISTAKES = ("broadcast-loss", "missing-zero-grad", "output-loss-mismatch")  # of the script; mended first, whatever else

@@ -192,7 +192,8 @@ def cure(
     Args:
         run: Runs trials, and gives their outcomes in the order of the requests.
         budget: At most so many times the steps of one run, the untreated one included.
-        score: The level of an outcome after so many steps; lower is better. None: the training loss.
+        score: The level of an outcome after so many steps; lower is better. None: the training loss, or for a run that
+            overfits the loss on held-out data, where the script measures one.
         metric: What the score is called.
         is_higher_better: The user's metric is maximised (``score`` then returns its negative).
         told: Hears of the state after every trial.
@@ -241,6 +242,8 @@ class _Search:
         self.untreated = untreated
         self.length = state.length = untreated.steps
         self.least = min(_informative_steps(untreated), self.length)
+        if self.score is loss_level and _overfits(state.findings) and math.isfinite(held_out_level(untreated, 0)):
+            self.score, state.metric = held_out_level, "held-out loss"
         self.facts = facts_of(untreated.recording)
         state.budget, state.used = int(budget * self.length), self.length
         state.baseline = (self.score(untreated, self.length),)
@@ -258,7 +261,7 @@ class _Search:
         """Return what short trials are ranked by: the training loss where the metric is printed at the end only."""
         if math.isfinite(self.score(self.untreated, self._rung_steps(len(first), RUNG_SHARES[0]))):
             return self.score
-        if self.score is not loss_level and math.isfinite(self.score(self.untreated, 0)):
+        if self.score not in OWN_SCORES and math.isfinite(self.score(self.untreated, 0)):
             self.state.notes.append(
                 "the metric is printed at the end only: short trials are ranked by the training loss, and verifying "
                 f"takes whole runs (a budget of {2 * FRESH_SEEDS + 4} runs suits)"
@@ -344,7 +347,7 @@ class _Search:
             return False
         self.state.baseline = (*self.state.baseline, *untreated.values)
         gain, spread, p = paired_test(untreated.values, treated.values)
-        if p < SIGNIFICANCE and gain >= (LEAST_GAIN if self.score is loss_level else LEAST_METRIC_GAIN):
+        if p < SIGNIFICANCE and gain >= (LEAST_GAIN if self.score in OWN_SCORES else LEAST_METRIC_GAIN):
             self.state.winner = Winner(chosen.treatments, gain, spread, p, self.code_of(chosen.treatments))
             return True
         return False
@@ -367,6 +370,23 @@ def loss_level(outcome: Outcome, steps: int) -> float:
     losses = trace.losses[seen]
     tail = losses[-max(len(losses) // 10, 5) :]
     return float(np.median(tail)) if len(tail) and np.isfinite(tail).all() else math.inf
+
+
+def held_out_level(outcome: Outcome, steps: int) -> float:
+    """Return the last loss that the script measured without training on it, of the first ``steps`` steps."""
+    if outcome.recording is None or not outcome.recording.traces:
+        return math.inf
+    events = [event for event in main_trace(outcome.recording).events if event.kind == "validation-loss"]
+    seen = [float(event.details["loss"]) for event in events if not steps or event.step <= steps]
+    return seen[-1] if seen and math.isfinite(seen[-1]) else math.inf
+
+
+OWN_SCORES: tuple[Metric, ...] = (loss_level, held_out_level)
+
+
+def _overfits(findings: Findings) -> bool:
+    """Say whether the first finding is one that the training loss cannot judge."""
+    return next((f.illness for f in findings if f.severity != "info"), "") == "overfitting"
 
 
 def main_trace(recording: Recording) -> Trace:

@@ -29,6 +29,7 @@ GAINS = {
     "mish": 1.4868,
 }
 _MATRICES = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 Fill = Callable[[Tensor, int, int], Any]
@@ -62,12 +63,14 @@ def _weights(model: nn.Module) -> list[tuple[str, nn.Module, nn.Parameter, str]]
 
 
 def _role(module: nn.Module, key: str, parameter: Tensor) -> str:
-    if isinstance(module, nn.RNNBase):
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return "recurrent" if key.startswith("weight_hh") else "input" if key.startswith("weight") else "gate-bias"
     if isinstance(module, nn.MultiheadAttention):
         return "matrix" if parameter.dim() == 2 else "bias"
     if isinstance(module, _MATRICES) or type(module).__name__ == "Conv1D":  # transformers' transposed linear
         return "matrix" if parameter.dim() >= 2 else "bias"
+    if isinstance(module, _NORMS):
+        return "scale" if key == "weight" else "bias"
     return ""
 
 
@@ -94,9 +97,12 @@ def _fill(module: nn.Module, parameter: Tensor, role: str, fill: Fill) -> None:
         parameter.zero_()
     elif role == "gate-bias":
         parameter.zero_()
-        if isinstance(module, nn.LSTM):  # an open forget gate: Jozefowicz et al. 2015
+        if isinstance(module, (nn.LSTM, nn.LSTMCell)):  # an open forget gate: Jozefowicz et al. 2015
             size = int(module.hidden_size)
             parameter[size : 2 * size] = 0.5  # input and recurrent bias add up to 1
+    elif role == "scale":
+        if parameter.any():  # else a block that starts as the identity (Goyal et al. 2017)
+            parameter.fill_(1.0)
     elif role == "recurrent":
         for gate in torch.split(parameter, int(module.hidden_size)):  # type: ignore[arg-type]
             nn.init.orthogonal_(gate)

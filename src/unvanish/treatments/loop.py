@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -12,9 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..diagnose.loss_graph import REGRESSION
 from ..errors import TreatmentError
-from ..graph import key, prediction_and_target, walk
 from ..layers import looks_fresh, own_parameters
 from ..records import Change
 from .treatment import Patient, Steps, Treatment, group_of, owned_by_optimizer
@@ -104,8 +101,11 @@ def add_to_optimizer() -> Treatment:
     )  # fmt: skip
 
 
+_SQUASHES = frozenset(("softmax", "sigmoid", "sigmoid_", "log_softmax", "tanh", "relu", "relu_"))
+
+
 class _LastSquash(TorchFunctionMode):
-    """Remembers what the last softmax or sigmoid took."""
+    """Remembers what the last softmax, sigmoid, tanh or ReLU took."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class _LastSquash(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if name in ("softmax", "sigmoid", "sigmoid_", "log_softmax", "tanh") and args and isinstance(args[0], Tensor):
+        if name in _SQUASHES and args and isinstance(args[0], Tensor):
             self.taken = (args[0], result)
         return result
 
@@ -132,31 +132,40 @@ def _around_forward(model: nn.Module, before: Callable[[], Any], after: Callable
     return [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
 
 
-def logits_loss() -> Treatment:
-    """Give the loss what stands before the network's last softmax, sigmoid or tanh.
+def _of_log_probabilities(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make `nll_loss` normalise an input whose probabilities do not sum to one over the classes."""
 
-    Predictions of a classifier stay as they are: squashed. In regression the network is fitted by what the loss gets,
-    so predictions are that too, and the squash is gone also where gradients are off. Which of both it is, a fact
-    ``is_regression`` says, or the first loss that is computed from the raw output (mse, l1, huber, or a difference
-    that is squared by hand); until then, and with a loss of an unknown kind, predictions are squashed.
+    @functools.wraps(original)
+    def nll_loss(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002 (the name is torch's)
+        classes = 0 if input.dim() == 1 else 1
+        total = input.detach().logsumexp(classes)
+        if not torch.allclose(total, torch.zeros_like(total), atol=1e-3):
+            return original(nn.functional.log_softmax(input, classes), *args, **kwargs)
+        return original(input, *args, **kwargs)
+
+    return nll_loss
+
+
+def logits_loss() -> Treatment:
+    """Let the network return what stands before its last softmax, sigmoid, tanh or ReLU: for loss and predictions.
+
+    As when the squash is taken out of ``forward``: ``argmax`` of logits is that of probabilities, a loss "with logits"
+    judges held-out data rightly, and a threshold of 0.5 on a probability has to become 0 on a logit.
 
     A squash that the network does not end in (the output is scaled afterwards) is left. `torch.nn.BCELoss` takes
-    probabilities and refuses logits: with it nothing is to be cured.
+    probabilities and refuses logits: with it nothing is to be cured. `nll_loss` takes log-probabilities: where its
+    input's do not sum to one over the classes, it gets their `log_softmax`.
 
     Example:
         >>> import unvanish
         >>> model = nn.Sequential(nn.Linear(1, 1), nn.Sigmoid())
-        >>> x, y = torch.ones(4, 1), torch.full((4, 1), 5.0)
+        >>> x = torch.ones(4, 1)
         >>> with unvanish.treat(model, None, "logits-loss"):
-        ...     nn.functional.mse_loss(model(x), y).backward()
-        ...     with torch.no_grad():
-        ...         print(torch.equal(model(x), model[0](x)))
+        ...     print(torch.equal(model(x), model[0](x)))
         True
     """
 
     def apply(patient: Patient) -> Steps:
-        kind = _KindOfLoss(is_regression=bool(patient.facts.get("is_regression")))
-
         def before() -> _LastSquash:
             mode = _LastSquash()
             mode.__enter__()  # type: ignore[no-untyped-call]
@@ -166,17 +175,14 @@ def logits_loss() -> Treatment:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             if mode.taken is None or output is not mode.taken[1]:
                 return output
-            raw = mode.taken[0]
-            if torch.is_grad_enabled():
-                kind.expect(raw)
-                return raw
-            return raw if kind.is_regression else output
+            return mode.taken[0]
 
         handles = _around_forward(patient.model, before, after)
+        original, nn.functional.nll_loss = nn.functional.nll_loss, _of_log_probabilities(nn.functional.nll_loss)
         try:
-            yield Change("logits-loss", "the loss gets what stands before the last squash")
+            yield Change("logits-loss", "the network returns what stands before its last squash")
         finally:
-            kind.stop()
+            nn.functional.nll_loss = original
             for handle in handles:
                 handle.remove()
 
@@ -184,61 +190,6 @@ def logits_loss() -> Treatment:
         "logits-loss", apply,
         code="# return the logits from forward(); apply softmax or sigmoid only where you need probabilities",
     )  # fmt: skip
-
-
-_MAX_RAW = 1000  # outputs that are kept in mind until one is trained on
-
-
-class _KindOfLoss:
-    """Reads once, at the first backward pass from a raw output, whether the loss is one of regression.
-
-    The forward pass cannot know what its output is for; only the graph of the loss says it, and only `backward` is
-    given the loss. So that function is wrapped for this one call.
-    """
-
-    def __init__(self, *, is_regression: bool) -> None:
-        self.is_regression = is_regression
-        self._is_settled = is_regression
-        self._raw: deque[int] = deque(maxlen=_MAX_RAW)  # keys of the nodes that made raw outputs
-        self._undo: Callable[[], None] | None = None
-
-    def expect(self, raw: Tensor) -> None:
-        """Look out for a loss that is computed from ``raw``."""
-        if self._is_settled or raw.grad_fn is None:
-            return
-        self._raw.append(key(raw.grad_fn))
-        if self._undo is None:
-            self._wrap()
-
-    def stop(self) -> None:
-        """Stop looking, and take the wrapper off."""
-        self._is_settled = True
-        if self._undo is not None:
-            self._undo()
-
-    def _wrap(self) -> None:
-        original = torch.autograd.backward
-
-        @functools.wraps(original)
-        def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self._is_settled:
-                self._read(tensors)
-            return original(tensors, *args, **kwargs)
-
-        def undo() -> None:
-            if torch.autograd.backward is backward:  # else someone wrapped it later; ours only passes on by then
-                torch.autograd.backward = original
-
-        self._undo = undo
-        torch.autograd.backward = backward
-
-    def _read(self, tensors: Any) -> None:
-        for tensor in (tensors,) if isinstance(tensors, Tensor) else tensors:
-            nodes = [] if tensor.grad_fn is None else walk(tensor.grad_fn)[0]
-            if not {key(node) for node in nodes}.isdisjoint(self._raw):
-                self.is_regression = prediction_and_target(nodes, ())[2] in REGRESSION
-                self.stop()
-                return
 
 
 def match_target_shape() -> Treatment:
