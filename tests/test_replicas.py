@@ -334,18 +334,31 @@ def test_tied_weights_stay_tied(backend: str) -> None:
         assert model.head.weight is model.embed.weight
 
 
+@pytest.mark.parametrize("force", ["elastic", "tanh"])
 @pytest.mark.parametrize("backend", ["loop", "vmap"])
-def test_frozen_parameters_stay_frozen(backend: str) -> None:
-    """A frozen layer keeps its bits in every replica, also when replicas start apart and are coupled."""
-    model = mlp()
-    model[0].requires_grad_(False)
-    replicas = Replicas(model, n=3, init="separate", backend=backend)
-    train_together(replicas, CASES["mlp"], OPTIMIZERS["sgd"], 3, Coupling(replicas, 0.5, force="tanh"))
-    for i in range(3):
+def test_frozen_parameters_stay_frozen(backend: Any, force: Any) -> None:
+    """What is frozen keeps its bits in every replica that is trained and coupled, also where replicas differ in it."""
+    models = [mlp() for _ in range(3)]
+    for model in models:
+        model[0].requires_grad_(False)
+    replicas = Replicas(models[0], n=3, init=models.__getitem__, backend=backend)
+    train_together(replicas, CASES["mlp"], OPTIMIZERS["sgd"], 3, Coupling(replicas, 0.5, force=force))
+    for i, model in enumerate(models):
         replica = replicas.replica(i)
         assert torch.equal(replica[0].weight, model[0].weight)
         assert not replica[0].weight.requires_grad
         assert not torch.equal(replica[2].weight, model[2].weight)
+
+
+def test_frozen_parameters_are_not_drawn_anew() -> None:
+    """Separate starts differ in what trains; frozen layers, and frozen weights of other layers, are the model's."""
+    model = mlp()
+    model[0].requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    drawn = Replicas(model, n=2, init="separate").replica(1)
+    for frozen, other in ((model[0].weight, drawn[0].weight), (model[2].weight, drawn[2].weight)):
+        assert torch.equal(frozen, other)
+    assert not torch.equal(model[2].bias, drawn[2].bias)
 
 
 @pytest.mark.parametrize("backend", ["loop", "vmap"])

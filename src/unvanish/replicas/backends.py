@@ -117,14 +117,14 @@ def choose(stacked: nn.Module, n: int, arguments: tuple[LossFn, Any, Any], *, is
 
     def run(backend: Backend) -> tuple[list[Tensor], float, bool]:
         with untouched(stacked):
-            before = torch.get_rng_state()
+            before = _random_state(stacked)
             start = _now(stacked)
             losses = BACKENDS[backend](stacked, n, *arguments, is_separate=is_separate)
             if losses.requires_grad:
                 losses.sum().backward()  # type: ignore[no-untyped-call]
             seconds = _now(stacked) - start
             grads = [p.grad for p in stacked.parameters() if p.grad is not None]
-            is_random = not torch.equal(before, torch.get_rng_state())
+            is_random = not torch.equal(before, _random_state(stacked))
             return [losses.detach(), *grads, *(b.clone() for b in stacked.buffers())], seconds, is_random
 
     expected, loop_seconds, is_random = run("loop")  # what is wrong with the call itself is raised here
@@ -151,6 +151,11 @@ def _now(stacked: nn.Module) -> float:
     if next(stacked.parameters()).is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def _random_state(stacked: nn.Module) -> Tensor:
+    device = next(stacked.parameters()).device
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _agree(expected: list[Tensor], found: list[Tensor]) -> bool:

@@ -105,7 +105,7 @@ class Replicas(nn.Module):
 
     def replica(self, i: int) -> nn.Module:
         """Return replica ``i`` as a plain model with weights of its own."""
-        i = self._check_index("replica", i)
+        self._check_index("replica", i)
         return unstack(self.stacked, lambda tensor: tensor[i])
 
     def load_replica(self, i: int, source: nn.Module | Mapping[str, Any]) -> None:
@@ -114,7 +114,7 @@ class Replicas(nn.Module):
         Raises:
             OptionError: if a tensor is missing, unknown, or of another shape or type. Nothing is changed then.
         """
-        i = self._check_index("load_replica", i)
+        self._check_index("load_replica", i)
         to, given = named_tensors(self.stacked), _tensors_of(source)
         if not isinstance(source, nn.Module):  # a state dict is without buffers that are not persistent
             persistent = self.stacked.state_dict().keys()
@@ -208,12 +208,11 @@ class Replicas(nn.Module):
                 )
         return batches == "separate"
 
-    def _check_index(self, where: str, i: int) -> int:
+    def _check_index(self, where: str, i: int) -> None:
         if isinstance(i, bool) or not isinstance(i, int) or not -self.n <= i < self.n:
             raise OptionError(
                 f"{where}(): i: found {i!r}, expected a replica from 0 to {self.n - 1}. Write {where}(0)."
             )
-        return i % self.n
 
 
 def _starts(model: nn.Module, n: int, init: str | Callable[[int], nn.Module]) -> list[nn.Module]:
