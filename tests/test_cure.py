@@ -29,27 +29,48 @@ def one_by_one(run: Callable[[Request], Outcome]) -> RunTrials:
 
 
 def trials(levels: dict[tuple[str, ...], float], *, noise: float = 0.05, seed: int = 0) -> RunTrials:
-    """Return trials of a script that forgets to clear gradients: the loss each combination ends with; 1 for others."""
+    """Return trials of a script whose units die: the loss each combination keeps to; 1 for others."""
     rng = np.random.default_rng(seed)
 
     def run(request: Request) -> Outcome:
         count = request.steps or STEPS
         level = levels.get(request.treatments, 1.0) * math.exp(noise * rng.standard_normal())
-        facts_of_run = {"uncleared_steps": count - 1, "checked_steps": count - 1} if not request.treatments else {}
-        return Outcome(Recording({}, (make_trace(level, steps=count, facts=facts_of_run),)))
+        dead = {"dead_share": [1.0, 0.2, 0.0]} if not request.treatments else {}
+        return Outcome(Recording({}, (make_trace(level, steps=count, measures=dead),)))
 
     return one_by_one(run)
 
 
 def test_a_cure_is_found_and_verified() -> None:
     """The treatment that mends the run wins, within the budget, on seeds that played no part in choosing it."""
-    state = cure(trials({("zero-grad",): 0.01}))
+    state = cure(trials({("he-init",): 0.01}))
     assert state.winner is not None
-    assert state.winner.treatments == ("zero-grad",)
+    assert state.winner.treatments == ("he-init",)
     assert state.winner.gain == pytest.approx(0.99, abs=0.01)
+    assert not state.winner.is_mended
     assert state.winner.p < 0.05
     assert state.used <= state.budget == 6 * STEPS
     assert state.trials[-1].seeds == (1, 2, 3)
+
+
+@pytest.mark.parametrize("is_mended", [True, False])
+def test_a_mistake_is_judged_by_its_own_start(is_mended: bool) -> None:
+    """Mended, the loss may be higher than the wrong one was: the mistake has to be gone, and the loss to fall."""
+
+    def run(request: Request) -> Outcome:
+        count = request.steps or STEPS
+        losses = np.geomspace(1.0, 0.1, count) if request.treatments else np.full(count, 0.01)
+        is_forgotten = not request.treatments or not is_mended
+        facts = {"uncleared_steps": (count - 1) * is_forgotten, "checked_steps": count - 1}
+        return Outcome(Recording({}, (make_trace(losses, steps=count, facts=facts),)))
+
+    state = cure(one_by_one(run))
+    assert [finding.illness for finding in state.findings] == ["missing-zero-grad"]
+    assert (state.winner is not None) == is_mended
+    assert state.used <= state.budget
+    if state.winner is not None:
+        assert state.winner.treatments == ("zero-grad",)
+        assert state.winner.is_mended
 
 
 def test_a_healthy_run_needs_nothing() -> None:
@@ -157,7 +178,7 @@ def at_the_end(levels: dict[tuple[str, ...], float]) -> RunTrials:
 def test_a_metric_that_comes_at_the_end_takes_whole_runs(budget: float, is_found: bool) -> None:
     """Short trials are then ranked by the training loss; without the budget for whole runs nothing is recommended."""
     score = metric_reader("error ([0-9.]+)", is_higher_better=False)
-    state = cure(at_the_end({("zero-grad",): 0.01}), budget=budget, score=score, metric="error")
+    state = cure(at_the_end({("he-init",): 0.01}), budget=budget, score=score, metric="error")
     assert (state.winner is not None) == is_found
     assert state.used <= state.budget
     assert "printed at the end only" in state.notes[0]
@@ -180,7 +201,7 @@ def test_an_interrupted_search_keeps_what_it_has() -> None:
         for request in requests:
             if request.seed:
                 raise KeyboardInterrupt
-            yield next(iter(trials({("zero-grad",): 0.01})([request])))
+            yield next(iter(trials({("he-init",): 0.01})([request])))
 
     state = cure(run)
     assert state.is_interrupted

@@ -813,3 +813,23 @@ def test_initialisations_start_norms_and_cells_too() -> None:
         assert torch.equal(model[1].weight, torch.zeros(3))
         square = model[2].weight_hh @ model[2].weight_hh.T
         torch.testing.assert_close(square, torch.eye(4), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("shape", "target"), [((8, 1), (8,)), ((8,), (8, 1))])
+def test_predictions_meet_their_targets_both_ways(shape: tuple[int, ...], target: tuple[int, ...]) -> None:
+    """A column meets a vector and a vector a column: the loss is then that of the pairs, and predictions stay."""
+
+    class Shaped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.line(x).reshape(shape)
+
+    model, x, y = Shaped(), torch.randn(8, 3), torch.randn(8)
+    pairs = ((model.line(x).squeeze(1) - y) ** 2).mean()
+    with unvanish.treat(model, None, "match-target-shape"):
+        torch.testing.assert_close(F.mse_loss(model(x), y.reshape(target)), pairs)
+        with torch.no_grad():
+            assert model(x).shape == shape

@@ -75,12 +75,18 @@ def candidates(findings: Findings, *, most: int = MAX_CANDIDATES) -> tuple[Combi
     """
     illnesses = [finding.illness for finding in findings if finding.severity != "info"]
     folded = [illness for finding in findings for illness in finding.folded]
-    mended = tuple(treatment for illness in illnesses if illness in MISTAKES for treatment in FOR_ILLNESS[illness][0])
+    mended = mending(findings)
     found: dict[Combination, None] = {mended: None} if mended else {}
     for illness in (*illnesses, *folded):
         for combination in FOR_ILLNESS.get(illness, ()):
             found.setdefault(combined(mended, combination))
     return tuple(found)[:most]
+
+
+def mending(findings: Findings) -> Combination:
+    """Return what mends the mistakes that were found in the script; nothing if there are none."""
+    mistakes = [finding.illness for finding in findings if finding.severity != "info" and finding.illness in MISTAKES]
+    return tuple(treatment for illness in mistakes for treatment in FOR_ILLNESS[illness][0])
 
 
 def combined(first: Combination, second: Combination) -> Combination:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .candidates import Combination, candidates, combined, with_values
+from .candidates import MISTAKES, Combination, candidates, combined, mending, with_values
 from .diagnose import diagnose
 from .records import Findings, Recording, Trace, finite
 from .version import VERSION
@@ -28,6 +28,9 @@ SIGNIFICANCE = 0.05
 RUNG_SHARES = (1.5, 1.0)  # of one run's steps, spent on each rung of the halving
 MIN_STEPS = 30
 PAST_FAILURE = 1.25  # times the steps until the loss of the untreated run was not finite
+
+
+NO_BUDGET = "the budget ended before a treatment could be verified; raise it with --budget"
 
 
 class Request(NamedTuple):
@@ -108,6 +111,7 @@ class Winner:
     spread: float
     p: float
     code: str = ""
+    is_mended: bool = False  # a mistake of the script: judged by its own start, because the losses are not of one kind
 
 
 @dataclass
@@ -164,6 +168,7 @@ class Cure:
                 "gain": finite(winner.gain),
                 "spread": finite(winner.spread),
                 "p": finite(winner.p),
+                "is_mended": winner.is_mended,
                 "code": winner.code,
             },
             "error": self.error or None,
@@ -251,7 +256,9 @@ class _Search:
         if not state.is_needed or state.error:
             return
         first = [with_values(combination, self.facts) for combination in self.candidates_for(state.findings)]
-        if first:
+        if first and self.score is loss_level and mending(state.findings):
+            self._mend(first)
+        elif first:
             self.rank = self._rank(first)
             self._choose(first)
         else:
@@ -287,6 +294,49 @@ class _Search:
         for trial in survivors[:2]:
             if self._verify(trial):
                 return
+
+    def _mend(self, first: Sequence[Combination]) -> None:
+        """Mend a mistake of the script: alone, unless something on top of it halves the loss.
+
+        What the script called its loss before is no measure of what it is afterwards. So the treated runs are compared
+        with each other, and the best with its own start: on fresh seeds the mistake must not be found again, and the
+        loss must fall.
+        """
+        rung = [trial for trial in self._rung([Trial(c, 0) for c in first], RUNG_SHARES[0]) if not trial.error]
+        best = sorted(rung, key=lambda trial: trial.value)
+        alone = [trial for trial in best if trial.treatments == first[0]]
+        if alone and best[0].value > 0.5 * alone[0].value:
+            best = alone + [trial for trial in best if trial is not alone[0]]
+        for trial in best[:2]:
+            if self._verify_mended(trial):
+                return
+
+    def _verify_mended(self, chosen: Trial) -> bool:
+        """Run the treatment on fresh seeds, look for the mistake, and test whether the loss falls."""
+        steps = min(self.length, (self.state.budget - self.state.used) // FRESH_SEEDS)
+        if steps < min(MIN_STEPS, self.length):
+            self.state.notes.append(NO_BUDGET)
+            return False
+        treated = Trial(chosen.treatments, steps)
+        self.state.trials.append(treated)
+        starts: list[float] = []
+        mistakes: list[str] = []
+
+        def level(outcome: Outcome, steps: int) -> float:
+            assert outcome.recording is not None
+            starts.append(start_level(outcome))
+            mistakes.extend(f.illness for f in diagnose(outcome.recording) if f.illness in MISTAKES)
+            return loss_level(outcome, steps)
+
+        self._measure([(treated, seed) for seed in range(1, FRESH_SEEDS + 1)], level)
+        if treated.error or mistakes:
+            return False
+        treated.untreated = median(starts)
+        gain, spread, p = paired_test(starts, treated.values)
+        if p >= SIGNIFICANCE or gain < LEAST_GAIN:
+            return False
+        self.state.winner = Winner(chosen.treatments, gain, spread, p, self.code_of(chosen.treatments), is_mended=True)
+        return True
 
     def _rung(self, trials: list[Trial], share: float) -> list[Trial]:
         """Give each trial an equal part of a share of one run's steps; all but the better half are stopped."""
@@ -336,7 +386,7 @@ class _Search:
         if self.rank is not self.score:  # what is printed at the end only takes whole runs
             seeds, steps = min(FRESH_SEEDS, left // (2 * self.length)), self.length
         if steps < min(MIN_STEPS, self.length) or seeds < 2:
-            self.state.notes.append("the budget ended before a treatment could be verified; raise it with --budget")
+            self.state.notes.append(NO_BUDGET)
             return False
         treated, untreated = Trial(chosen.treatments, steps), Trial((), steps)
         self.state.trials.append(treated)
@@ -370,6 +420,12 @@ def loss_level(outcome: Outcome, steps: int) -> float:
     losses = trace.losses[seen]
     tail = losses[-max(len(losses) // 10, 5) :]
     return float(np.median(tail)) if len(tail) and np.isfinite(tail).all() else math.inf
+
+
+def start_level(outcome: Outcome) -> float:
+    """Return the median of the first five training losses."""
+    assert outcome.recording is not None
+    return float(np.median(main_trace(outcome.recording).losses[:5]))
 
 
 def held_out_level(outcome: Outcome, steps: int) -> float:

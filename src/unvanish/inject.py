@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .errors import TreatmentError
 from .treatments import Patient, Treatment, applied
+from .treatments.loop import of_log_probabilities
 
 AT_THE_STEP = frozenset(
     (
@@ -68,6 +69,9 @@ class Injection:
             for owner, name in ((torch, "manual_seed"), (torch.random, "manual_seed"), *_other_seeds()):
                 self._replace(owner, name, self._shifted_seed)
             torch.manual_seed(torch.initial_seed())  # shifted: a script that sets no seed gets another one, too
+        if any(treatment.id == "logits-loss" for treatment in self._treatments):
+            # From the start: `nll_loss(model(x), y)` looks the function up before the model is met.
+            self._replace(nn.functional, "nll_loss", of_log_probabilities)
         if self._treatments:
             handles = [
                 register_module_forward_pre_hook(self._before_call),

@@ -80,6 +80,7 @@ def _table(document: Document) -> Table:
     table.add_column("")
     for trial in document["trials"]:
         is_winner = document["winner"] is not None and trial is document["trials"][-1]
+        is_start = is_winner and document["winner"]["is_mended"]
         failure = plain(trial["error"] or "")
         outcome = failure or ("verified" if is_winner else trial["stopped"] or _kept(trial))
         style = "green" if is_winner else "red" if failure else "dim" if trial["stopped"] else ""
@@ -91,7 +92,7 @@ def _table(document: Document) -> Table:
             f"{trial['steps']:,}",
             str(len(trial["seeds"])),
             level,
-            number(_level(trial["untreated"])),
+            number(_level(trial["untreated"])) + (" at start" if is_start else ""),
             Text(outcome),
             style=style,
         )
@@ -147,4 +148,8 @@ def _won(document: Document) -> str:
     gain, seeds = winner["gain"], len(document["trials"][-1]["seeds"])
     name, named = plain(metric["name"]), plain(" + ".join(winner["treatments"]))
     change = f"{100 * gain:.0f} % {'more' if metric['higher_is_better'] else 'less'} {name}"
+    if winner["is_mended"]:
+        return (
+            f"✔ {named}: the mistake is gone, {change} than at the start on {seeds} fresh seeds (p = {winner['p']:.2g})"
+        )
     return f"✔ {named}: {change} than untreated on {seeds} fresh seeds (paired t-test, p = {winner['p']:.2g})"

@@ -132,7 +132,7 @@ def _around_forward(model: nn.Module, before: Callable[[], Any], after: Callable
     return [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
 
 
-def _of_log_probabilities(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def of_log_probabilities(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Make `nll_loss` normalise an input whose probabilities do not sum to one over the classes."""
 
     @functools.wraps(original)
@@ -178,7 +178,7 @@ def logits_loss() -> Treatment:
             return mode.taken[0]
 
         handles = _around_forward(patient.model, before, after)
-        original, nn.functional.nll_loss = nn.functional.nll_loss, _of_log_probabilities(nn.functional.nll_loss)
+        original, nn.functional.nll_loss = nn.functional.nll_loss, of_log_probabilities(nn.functional.nll_loss)
         try:
             yield Change("logits-loss", "the network returns what stands before its last squash")
         finally:
@@ -193,16 +193,24 @@ def logits_loss() -> Treatment:
 
 
 def match_target_shape() -> Treatment:
-    """Drop the last dimension of a single output while training, so that it meets targets of shape (batch,)."""
+    """Turn a column of predictions into a vector while training, or a vector into a column: what targets are not yet.
+
+    For a loss whose prediction and target were broadcast against each other: one is (batch, 1), the other (batch,).
+    """
 
     def apply(patient: Patient) -> Steps:
         def after(_: None, output: Any) -> Any:
-            is_column = isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] == 1
-            return output.squeeze(1) if is_column and torch.is_grad_enabled() else output
+            if not isinstance(output, Tensor) or not torch.is_grad_enabled():
+                return output
+            if output.dim() == 1:
+                return output.unsqueeze(1)
+            return output.squeeze(1) if output.dim() == 2 and output.shape[1] == 1 else output
 
         handles = _around_forward(patient.model, lambda: None, after)
         try:
-            yield Change("match-target-shape", "a column of predictions becomes a vector while training")
+            yield Change(
+                "match-target-shape", "a column of predictions becomes a vector while training, a vector a column"
+            )
         finally:
             for handle in handles:
                 handle.remove()
