@@ -100,6 +100,7 @@ def test_a_healthy_script_needs_nothing(tmp_path: Path) -> None:
     assert "tried" not in done.stdout
 
 
+@pytest.mark.slow
 def test_the_users_metric_decides(tmp_path: Path) -> None:
     """With --metric the levels are those that the script prints, and larger ones win with --maximise."""
     write_script(tmp_path)
@@ -146,6 +147,7 @@ def test_a_trial_that_crashes_fails_alone(tmp_path: Path) -> None:
     assert any(trial["values"] for trial in found["trials"])
 
 
+@pytest.mark.slow
 def test_a_script_without_a_seed_is_judged_over_its_own_spread(tmp_path: Path) -> None:
     """Unseeded numbers differ from trial to trial; the fault is still found and mended."""
     script = write_script(tmp_path)
@@ -155,6 +157,7 @@ def test_a_script_without_a_seed_is_judged_over_its_own_spread(tmp_path: Path) -
     assert len(set(found["trials"][-1]["values"])) == 3
 
 
+@pytest.mark.slow
 def test_a_script_that_never_ends_is_cut_off(tmp_path: Path) -> None:
     """What it did until the time limit counts as the run; the treated trials are short ones."""
     write_script(tmp_path, epochs=10**9, more="import time; time.sleep(0.05)")

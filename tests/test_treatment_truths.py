@@ -15,10 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import unvanish
 from unvanish.treatments import parse_treatment
 from unvanish.treatments.gradients import AUTO_HISTORY
+from unvanish.treatments.normalise import precise_bn
 
 
 def one_weight(lr: float = 1.0, **settings: float) -> tuple[nn.Module, nn.Parameter, torch.optim.Optimizer]:
@@ -833,3 +835,13 @@ def test_predictions_meet_their_targets_both_ways(shape: tuple[int, ...], target
         torch.testing.assert_close(F.mse_loss(model(x), y.reshape(target)), pairs)
         with torch.no_grad():
             assert model(x).shape == shape
+
+
+def test_precise_statistics_take_a_data_loader() -> None:
+    """A loader yields lists: of inputs alone, or of inputs and targets."""
+    x = torch.randn(64, 3) * 2 + 1
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    for data in (TensorDataset(x), TensorDataset(x, torch.zeros(64))):
+        with unvanish.treat(model, None, precise_bn(DataLoader(data, batch_size=16))):
+            torch.testing.assert_close(model[0].running_mean, x.mean(0))
+            torch.testing.assert_close(model[0].running_var, x.var(0, unbiased=True))

@@ -178,7 +178,7 @@ def _pool(model: nn.Module, norms: list[Any], inputs: list[Any]) -> None:
         for module in model.modules():
             module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
         for batch in inputs:
-            arguments = batch if isinstance(batch, tuple) else (batch,)
+            arguments = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
             model(*(arguments[:1] if len(arguments) == 2 else arguments))
     finally:
         for handle in handles:
