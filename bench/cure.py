@@ -29,7 +29,8 @@ from typing import Any
 from cases import Case, list_cases, read_labels
 
 from unvanish.candidates import MAX_CANDIDATES, Combination
-from unvanish.cure import Request, cure, facts_of
+from unvanish.cure import Request, cure
+from unvanish.levels import facts_of
 from unvanish.processes import Trials
 from unvanish.records import Findings
 from unvanish.treatments import TREATMENTS

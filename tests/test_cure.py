@@ -14,8 +14,10 @@ from scipy import stats
 from tests.traces import make_trace
 from unvanish import Recording
 from unvanish.candidates import FOR_ILLNESS, MAX_CANDIDATES, candidates, combined
-from unvanish.cure import Cure, Outcome, Request, RunTrials, cure, paired_test
+from unvanish.cure import Cure, Request, RunTrials, cure
 from unvanish.diagnose.ranking import ORDER
+from unvanish.levels import Outcome
+from unvanish.paired import paired_test
 from unvanish.processes import metric_reader
 from unvanish.records import Finding, Findings
 from unvanish.treatments import TREATMENTS

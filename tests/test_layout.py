@@ -30,6 +30,7 @@ ORDER = (
     ("attend", "scratch"),
     ("trial",),
     ("forks",),
+    ("levels", "paired"),
     ("cure",),
     ("processes",),
     ("check", "session"),

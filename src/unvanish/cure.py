@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, median, stdev
+from statistics import median
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from .candidates import MISTAKES, Combination, candidates, combined, mending, with_values
 from .diagnose import diagnose
-from .records import Findings, Recording, Trace, finite
+from .levels import MIN_STEPS, Outcome, facts_of, held_out_level, informative_steps, loss_level, start_level
+from .paired import paired_test
+from .records import Findings, finite
 from .version import VERSION
 
 FRESH_SEEDS = 3
@@ -26,8 +26,6 @@ LEAST_GAIN = 0.1  # of the untreated loss; a smaller one is not worth a change
 LEAST_METRIC_GAIN = 0.02  # of the untreated level, for a metric that the user names
 SIGNIFICANCE = 0.05
 RUNG_SHARES = (1.5, 1.0)  # of one run's steps, spent on each rung of the halving
-MIN_STEPS = 30
-PAST_FAILURE = 1.25  # times the steps until the loss of the untreated run was not finite
 
 
 NO_BUDGET = "the budget ended before a treatment could be verified; raise it with --budget"
@@ -40,36 +38,6 @@ class Request(NamedTuple):
     steps: int  # 0 = to the end of the script
     seed: int  # 0 = the script's own
     facts: Mapping[str, float]  # of the data, as the untreated run saw it
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one trial.
-
-    ``printed_at``: for each number of bytes printed, the last step that ended with so many: (step, bytes).
-    """
-
-    recording: Recording | None
-    output: bytes = b""
-    error: str = ""
-    printed_at: Sequence[tuple[int, int]] = ()
-
-    @property
-    def steps(self) -> int:
-        """Steps of the optimiser that took most."""
-        return 0 if self.recording is None else self.recording.steps
-
-    def text(self, steps: int = 0) -> str:
-        """Return what was printed in the first ``steps`` steps; 0 = all of it.
-
-        Example:
-            >>> Outcome(None, b"one, two", printed_at=((3, 3), (5, 8))).text(2)
-            'one'
-        """
-        end = len(self.output)
-        if steps and self.printed_at and steps < self.printed_at[-1][0]:
-            end = next(offset for step, offset in self.printed_at if step >= steps)
-        return self.output[:end].decode(errors="replace")
 
 
 @dataclass
@@ -246,7 +214,7 @@ class _Search:
             state.notes.append(f"the untreated run: {untreated.error}")
         self.untreated = untreated
         self.length = state.length = untreated.steps
-        self.least = min(_informative_steps(untreated), self.length)
+        self.least = min(informative_steps(untreated), self.length)
         if self.score is loss_level and _overfits(state.findings) and math.isfinite(held_out_level(untreated, 0)):
             self.score, state.metric = held_out_level, "held-out loss"
         self.facts = facts_of(untreated.recording)
@@ -403,118 +371,9 @@ class _Search:
         return False
 
 
-def _informative_steps(untreated: Outcome) -> int:
-    """Return how long a trial must be to tell anything: past the first loss that was not finite, if there is one."""
-    assert untreated.recording is not None
-    trace = main_trace(untreated.recording)
-    failed = trace.loss_steps[~np.isfinite(trace.losses)]
-    return max(MIN_STEPS, int(PAST_FAILURE * failed[0])) if len(failed) else MIN_STEPS
-
-
-def loss_level(outcome: Outcome, steps: int) -> float:
-    """Return the median training loss over the last tenth of the first ``steps`` steps; inf if not finite."""
-    if outcome.recording is None or not outcome.recording.traces:
-        return math.inf
-    trace = main_trace(outcome.recording)
-    seen = trace.loss_steps < steps if steps else np.ones(len(trace.losses), dtype=bool)
-    losses = trace.losses[seen]
-    tail = losses[-max(len(losses) // 10, 5) :]
-    return float(np.median(tail)) if len(tail) and np.isfinite(tail).all() else math.inf
-
-
-def start_level(outcome: Outcome) -> float:
-    """Return the median of the first five training losses."""
-    assert outcome.recording is not None
-    return float(np.median(main_trace(outcome.recording).losses[:5]))
-
-
-def held_out_level(outcome: Outcome, steps: int) -> float:
-    """Return the last loss that the script measured without training on it, of the first ``steps`` steps."""
-    if outcome.recording is None or not outcome.recording.traces:
-        return math.inf
-    events = [event for event in main_trace(outcome.recording).events if event.kind == "validation-loss"]
-    seen = [float(event.details["loss"]) for event in events if not steps or event.step <= steps]
-    return seen[-1] if seen and math.isfinite(seen[-1]) else math.inf
-
-
 OWN_SCORES: tuple[Metric, ...] = (loss_level, held_out_level)
 
 
 def _overfits(findings: Findings) -> bool:
     """Say whether the first finding is one that the training loss cannot judge."""
     return next((f.illness for f in findings if f.severity != "info"), "") == "overfitting"
-
-
-def main_trace(recording: Recording) -> Trace:
-    """Return the trace with the most steps; the last of equals, because a script ends with what it is after."""
-    return max(enumerate(recording.traces), key=lambda item: (item[1].total_steps, item[0]))[1]
-
-
-def facts_of(recording: Recording | None) -> dict[str, float]:
-    """Return what the untreated run says of its data."""
-    from .diagnose.progress import pooled_target_std
-
-    if recording is None or not recording.traces:
-        return {}
-    trace = main_trace(recording)
-    mean = trace.scalars["target_mean"]
-    known = mean[np.isfinite(mean)]
-    spread = pooled_target_std(trace)
-    regression = trace.facts.get("loss_kind") in ("mse", "l1", "smooth-l1", "huber")
-    facts = {"is_regression": float(regression)}
-    if len(known) and spread > 0:
-        facts |= {"target_mean": float(known.mean()), "target_std": spread}
-    return facts
-
-
-def paired_test(untreated: Sequence[float], treated: Sequence[float]) -> tuple[float, float, float]:
-    """Return gain, its spread over seeds, and the p value that the treated level is not lower.
-
-    One-sided paired t-test on the differences of log levels (of levels, where their signs vary). A treated level
-    that is not finite counts against it; an untreated one that is not finite is as bad as any. Levels below 0 are those
-    of a metric that is to grow, negated.
-
-    Example:
-        >>> gain, spread, p = paired_test((1.0, 1.1, 0.9), (0.1, 0.12, 0.1))
-        >>> round(gain, 2), p < 0.05
-        (0.89, True)
-        >>> paired_test((1.0, 1.1, 0.9), (1.0, 1.1, 0.9))[2]
-        1.0
-        >>> round(paired_test((-0.5, -0.52), (-1.0, -1.03))[0], 2)  # an accuracy that doubles
-        0.99
-    """
-    pairs = list(zip(untreated, treated, strict=False))
-    if len(pairs) < 2 or not all(math.isfinite(b) for _, b in pairs):
-        return 0.0, 0.0, 1.0
-    if any(not math.isfinite(a) for a, _ in pairs):
-        worst = max([a for a, _ in pairs if math.isfinite(a)] + [b for _, b in pairs]) * 10 + 1
-        pairs = [(a if math.isfinite(a) else worst, b) for a, b in pairs]
-    signs = {math.copysign(1, value) if value else 0 for pair in pairs for value in pair}
-    is_ratio = signs in ({1}, {-1})
-    differences = [_log_gain(a, b) if is_ratio else a - b for a, b in pairs]
-    centre, spread = fmean(differences), stdev(differences)
-    if spread == 0:
-        p = 0.0 if centre > 0 else 1.0
-    else:
-        p = _t_tail(centre / (spread / math.sqrt(len(pairs))), len(pairs) - 1)
-    if not is_ratio:
-        return centre, spread, p
-    return (math.expm1(centre) if signs == {-1} else -math.expm1(-centre)), spread, p
-
-
-def _log_gain(untreated: float, treated: float) -> float:
-    """Return the logarithm of the factor by which a level of one sign got better."""
-    return math.log(treated / untreated if treated < 0 else untreated / treated)
-
-
-def _t_tail(t: float, freedom: int) -> float:
-    """Return P(T > t) of Student's t with 1 or 2 degrees of freedom in closed form, else by integration."""
-    if freedom == 1:
-        return 0.5 - math.atan(t) / math.pi
-    if freedom == 2:
-        return 0.5 * (1 - t / math.sqrt(2 + t * t))
-    grid = np.linspace(0, abs(t), 20_001)
-    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
-    density = np.exp(log_scale - (freedom + 1) / 2 * np.log1p(grid**2 / freedom))
-    body = float(np.trapezoid(density, grid))
-    return 0.5 - math.copysign(body, t)

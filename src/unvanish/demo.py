@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 from rich.text import Text
 
-from .cure import Cure, Outcome, Request, cure
+from .cure import Cure, Request, cure
 from .diagnose import diagnose
 from .errors import TargetError
+from .levels import Outcome
 from .output import Output, nearby
 from .processes import Trials
 from .progress import CureProgress

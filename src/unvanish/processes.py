@@ -16,9 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .cure import Metric, Outcome, Request
+from .cure import Metric, Request
 from .errors import OptionError, RecordError
 from .forks import ForkedTrial, Nursery, nursery_for
+from .levels import Outcome
 from .records import Recording
 from .scratch import inside, mirror
 from .trace import read_recording
