@@ -3,7 +3,7 @@
     untreated run -> findings -> candidates -> successive halving -> fresh seeds against untreated -> verdict
 
 Every trial is the user's script in a process of its own. A treatment is recommended only if it beats the untreated
-run on seeds that played no part in choosing it.
+run on seeds that played no part in choosing it; the repair of a mistake, if the mistake is gone and the loss falls.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ class _Search:
             return
         first = [with_values(combination, self.facts) for combination in self.candidates_for(state.findings)]
         if first and self.score is loss_level and mending(state.findings):
-            self._mend(first)
+            self._mend(first[0])
         elif first:
             self.rank = self._rank(first)
             self._choose(first)
@@ -263,29 +263,17 @@ class _Search:
             if self._verify(trial):
                 return
 
-    def _mend(self, first: Sequence[Combination]) -> None:
-        """Mend a mistake of the script: alone, unless something on top of it halves the loss.
+    def _mend(self, repair: Combination) -> bool:
+        """Mend a mistake of the script on fresh seeds, look for it, and test whether the loss falls.
 
-        What the script called its loss before is no measure of what it is afterwards. So the treated runs are compared
-        with each other, and the best with its own start: on fresh seeds the mistake must not be found again, and the
-        loss must fall.
+        What the script called its loss before is no measure of what it is afterwards: so the loss is compared with its
+        own start. Nothing is put on top of the repair; what is wrong beside it shows once it is mended.
         """
-        rung = [trial for trial in self._rung([Trial(c, 0) for c in first], RUNG_SHARES[0]) if not trial.error]
-        best = sorted(rung, key=lambda trial: trial.value)
-        alone = [trial for trial in best if trial.treatments == first[0]]
-        if alone and best[0].value > 0.5 * alone[0].value:
-            best = alone + [trial for trial in best if trial is not alone[0]]
-        for trial in best[:2]:
-            if self._verify_mended(trial):
-                return
-
-    def _verify_mended(self, chosen: Trial) -> bool:
-        """Run the treatment on fresh seeds, look for the mistake, and test whether the loss falls."""
         steps = min(self.length, (self.state.budget - self.state.used) // FRESH_SEEDS)
         if steps < min(MIN_STEPS, self.length):
             self.state.notes.append(NO_BUDGET)
             return False
-        treated = Trial(chosen.treatments, steps)
+        treated = Trial(repair, steps)
         self.state.trials.append(treated)
         starts: list[float] = []
         mistakes: list[str] = []
@@ -303,7 +291,7 @@ class _Search:
         gain, spread, p = paired_test(starts, treated.values)
         if p >= SIGNIFICANCE or gain < LEAST_GAIN:
             return False
-        self.state.winner = Winner(chosen.treatments, gain, spread, p, self.code_of(chosen.treatments), is_mended=True)
+        self.state.winner = Winner(repair, gain, spread, p, self.code_of(repair), is_mended=True)
         return True
 
     def _rung(self, trials: list[Trial], share: float) -> list[Trial]:
