@@ -22,6 +22,7 @@ ORDER = (
     ("players",),
     ("watch",),
     ("diagnose",),
+    ("reuse",),
     ("treatments",),
     ("treat", "inject", "candidates"),
     ("replicas",),
