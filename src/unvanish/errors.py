@@ -5,7 +5,8 @@ UnvanishError
 ├── LayerError      (LookupError)  a named layer is missing or cannot be watched
 ├── TargetError     (ValueError)   the script or factory to run cannot be found or loaded
 ├── RecordError     (ValueError)   a file is not a record of a run, or is damaged
-└── TreatmentError  (ValueError)   a treatment does not exist or cannot be applied here
+├── TreatmentError  (ValueError)   a treatment does not exist or cannot be applied here
+└── WeightsError    (ValueError)   a weights file is damaged, or does not fit the model
 
 Every message has four parts: where, what was found, what was expected, what to do.
 """
@@ -33,3 +34,7 @@ class RecordError(UnvanishError, ValueError):
 
 class TreatmentError(UnvanishError, ValueError):
     """A treatment does not exist or cannot be applied here."""
+
+
+class WeightsError(UnvanishError, ValueError):
+    """A weights file is damaged or hostile, or does not fit the model."""
