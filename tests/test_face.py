@@ -12,7 +12,8 @@ import unvanish
 
 FACE = """
     DEFAULT_RULES Finding Findings Layer LayerError OptionError RecordError Recording Run TargetError Trace
-    TreatmentError UnvanishError __version__ Changes Coupling Replicas check diagnose read_recording treat watch without
+    TreatmentError UnvanishError __version__ Changes Coupling Replicas check diagnose freeze_to read_recording thaw
+    treat watch without
 """.split()
 
 

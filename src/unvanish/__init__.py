@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .check import check as check
     from .replicas import Coupling as Coupling
     from .replicas import Replicas as Replicas
+    from .reuse.freeze import freeze_to as freeze_to
+    from .reuse.freeze import thaw as thaw
     from .session import Run as Run
     from .session import watch as watch
     from .treat import Changes as Changes
@@ -45,6 +47,8 @@ _NEEDS_TORCH = {
     "Changes": "treat",
     "Replicas": "replicas",
     "Coupling": "replicas",
+    "freeze_to": "reuse.freeze",
+    "thaw": "reuse.freeze",
 }
 
 __all__ = [
@@ -67,7 +71,9 @@ __all__ = [
     "__version__",
     "check",
     "diagnose",
+    "freeze_to",
     "read_recording",
+    "thaw",
     "treat",
     "watch",
     "without",
