@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from .compare import compare as compare
+from .comparison import Comparison as Comparison
+from .controls import STANDARD_METHODS as STANDARD_METHODS
+from .controls import Method as Method
+from .controls import coupled as coupled
 from .coupling import Coupling as Coupling
 from .coupling import exponential as exponential
 from .replicas import Replicas as Replicas
 
-__all__ = ["Coupling", "Replicas", "exponential"]
+__all__ = [
+    "STANDARD_METHODS",
+    "Comparison",
+    "Coupling",
+    "Method",
+    "Replicas",
+    "compare",
+    "coupled",
+    "exponential",
+]
