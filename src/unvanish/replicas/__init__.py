@@ -8,11 +8,13 @@ from .controls import STANDARD_METHODS as STANDARD_METHODS
 from .controls import Method as Method
 from .controls import coupled as coupled
 from .coupling import Coupling as Coupling
-from .coupling import exponential as exponential
 from .replicas import Replicas as Replicas
+from .schedules import Automatic as Automatic
+from .schedules import exponential as exponential
 
 __all__ = [
     "STANDARD_METHODS",
+    "Automatic",
     "Comparison",
     "Coupling",
     "Method",

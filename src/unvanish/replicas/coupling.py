@@ -3,44 +3,70 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import OptionError
+from .forces import FORCES, OWN_CENTRE, Memory, finite_replicas
+from .forces import Force as Force
+from .precautions import (
+    Losses,
+    MovementCheck,
+    start_apart,
+    warn_of_deep_starts,
+    warn_of_late_merging,
+    warn_of_nothing_to_do,
+)
 from .replicas import Replicas
-from .stack import mean
+from .schedules import Automatic, Strength, check_strength
+from .stack import mean, unstack
+from .statistics import estimate_statistics
 
-Force = Literal["elastic", "tanh"]
+
+class Observer(Protocol):
+    """What looks at the weights right before and after each pull."""
+
+    def before_pull(self, step: int) -> None:
+        """See the weights as the optimiser left them, after so many steps."""
+
+    def after_pull(self, step: int) -> None:
+        """See the weights as the pull left them."""
 
 
 class Coupling:
-    """Pull replicas towards their mean after each step of the optimiser.
+    """Pull replicas towards each other after each step of the optimiser.
 
-    ``elastic``: ``W_a += s (c - W_a)``, with ``c`` the mean of all replicas before any of them moves. The centre does
-    not move by it. ``tanh``: ``W_a += s L tanh((c - W_a) / L)``, which is the elastic pull for gaps far below L and
-    at most ``s L`` for one replica that is far away; it does move the centre of three or more replicas.
+    With s the strength, and c the mean of all replicas before any of them moves:
+
+    ``elastic``: ``W_a += s (c - W_a)``. The centre does not move by it. ``tanh``: ``W_a += s L tanh((c - W_a) / L)``,
+    the elastic pull for gaps far below L and at most ``s L`` for one replica that is far away; it moves the centre
+    of three or more. ``leader``: c is the replica with the lowest loss since the last pull. ``centre``: c has
+    weights of its own; each replica in turn does ``W_a -= s (W_a - c)``, and c takes up what it gave. ``outer``: c
+    has weights of its own, which an optimiser moves by the gradient c minus the mean; then ``W_a += s (c - W_a)``.
 
     The pull is no gradient: it is not scaled by the learning rate, so as that falls, the pull gains on it. Frozen
-    parameters and buffers are not pulled.
+    parameters and buffers are not pulled. A replica that holds nan or infinity neither pulls nor is pulled: see `lost`
+    and `reset`.
 
     Args:
         replicas: What to couple.
-        strength: s, the share of the gap that is closed in one step, from 0 (none) to 1 (all become the mean); or a
-            function of the number of steps done that returns it.
-        every: Pull at each such step only, by what the skipped steps add up to: with a constant strength
-            ``1 - (1 - s)**every``. For the elastic force this is what those pulls would have done in a row; for
-            ``tanh`` so only while gaps are small.
-        force: ``"elastic"``, ``"tanh"`` or None.
+        strength: s, the share of the gap that is closed in one step, from 0 (none) to 1 (all become c); or a function
+            of the number of steps done that returns it; or `Automatic`.
+        every: Pull at each such step only.
+        force: One of the above, or None.
         scale: L, the gap at which ``tanh`` levels off, in units of the weights.
+        outer: For ``outer``: returns an optimiser of the tensors of the centre.
+        compound: Pull by what the skipped steps add up to: with a constant strength ``1 - (1 - s)**every``. For the
+            elastic force this is what those pulls would have done in a row. False: by the strength as it is.
 
     Raises:
         OptionError: if an argument cannot be used.
 
-    Source: elastic: Zhang, Choromanska & LeCun 2015, without its explicit centre; to couple replicas for wide minima:
-    Baldassi et al. 2016.  Ours: compounding.
+    Source: elastic and centre: Zhang, Choromanska & LeCun 2015; to couple replicas for wide minima: Baldassi et al.
+    2016; leader: Teng et al. 2019; outer: Douillard et al. 2023.  Ours: compounding.
 
     Example:
         >>> replicas = Replicas(torch.nn.Linear(1, 1, bias=False), n=2)
@@ -54,97 +80,260 @@ class Coupling:
     def __init__(
         self,
         replicas: Replicas,
-        strength: float | Callable[[int], float] = 0.01,
+        strength: Strength = 0.01,
         every: int = 1,
         force: Force | None = "elastic",
         *,
         scale: float = 1.0,
+        outer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
+        compound: bool = True,
     ) -> None:
-        if not isinstance(replicas, Replicas):
-            raise OptionError(
-                f"Coupling(): replicas: found {type(replicas).__name__}, expected Replicas. "
-                "Write Coupling(Replicas(model, n=3))."
-            )
-        if not callable(strength):
-            _check_strength(strength)
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise OptionError(f"Coupling(): every: found {every!r}, expected a whole number from 1 on. Write every=10.")
-        if force is not None and force not in get_args(Force):
-            raise OptionError(
-                f"Coupling(): force: found {force!r}, expected 'elastic', 'tanh' or None. Write force='elastic'."
-            )
-        if not 0 < scale < math.inf:
-            raise OptionError(f"Coupling(): scale: found {scale!r}, expected a finite number above 0. Write scale=1.0.")
+        _check(replicas, strength, every, force, scale, outer)
         self.replicas = replicas
         self.strength = strength
         self.every = every
         self.force = force
-        self.scale = scale
+        self.compound = compound
+        self.observers: list[Observer] = []
+        self._memory = _memory(replicas, force, scale, outer)
+        self._lost = Losses()
         self._steps = 0
         self._gathered = 0.0  # of the gap, by the steps since the last pull
+        self._first: float | None = None  # the first strength there was
+        self._start: dict[str, Tensor] = {}  # weights from which an automatic first strength is measured
+        if isinstance(strength, Automatic):
+            self._start = {name: p.detach().clone() for name, p in self._trained().items()}
+        if replicas.n == 1 and force is not None and force not in OWN_CENTRE:
+            warn_of_nothing_to_do()
+        if force is not None:
+            warn_of_deep_starts(replicas.stacked)
+        self._started_apart = start_apart(replicas.stacked)
+        self._movement = MovementCheck(replicas.stacked)
 
-    def step(self) -> None:
-        """Count a step, and pull if it is time. Call it after the step of the optimiser."""
-        strength = _check_strength(self.strength(self._steps)) if callable(self.strength) else self.strength
-        self._gathered += strength * (1 - self._gathered)
+    @property
+    def lost(self) -> dict[int, int]:
+        """The replicas that hold nan or infinity, each with the step at which that was seen."""
+        return dict(self._lost.since)
+
+    def step(self, losses: Tensor | None = None) -> None:
+        """Count a step, and pull if it is time. Call it after the step of the optimiser.
+
+        Args:
+            losses: Of the replicas at this step, from `Replicas.losses`; the leader is chosen by them.
+
+        Raises:
+            OptionError: if losses are missing, or the optimiser does not move the replicas.
+        """
+        self._movement.look()
+        self._note_losses(losses)
+        is_due = (self._steps + 1) % self.every == 0
+        strength = self._strength_now(is_due)
+        self._gathered = self._gathered + strength * (1 - self._gathered) if self.compound else strength
         self._steps += 1
-        if self._steps % self.every == 0:
+        if is_due:
+            for observer in self.observers:
+                observer.before_pull(self._steps)
             self.pull(self._gathered)
+            for observer in self.observers:
+                observer.after_pull(self._steps)
             self._gathered = 0.0
+            self._memory.losses = []
+        self._movement.note()
 
     @torch.no_grad()
     def pull(self, strength: float) -> None:
         """Pull now, by a strength of your own, and count nothing."""
-        strength = _check_strength(strength)
+        strength = check_strength(strength)
         if strength == 0 or self.force is None:
             return
-        for weights in self.replicas.stacked.parameters():
-            if weights.requires_grad:
-                centre = mean(weights)
-                if self.force == "elastic":
-                    weights.lerp_(centre, strength)
-                else:
-                    weights.add_(_tanh_force(weights, centre, self.scale), alpha=strength)
+        weights, rows = self._trained(), self._alive()
+        if not rows:
+            return
+        self._memory.rows = rows
+        if len(rows) == self.replicas.n:
+            FORCES[self.force](weights, strength, self._memory)
+            return
+        finite = {name: each[rows] for name, each in weights.items()}
+        FORCES[self.force](finite, strength, self._memory)
+        for name, each in weights.items():
+            each[rows] = finite[name]
+
+    def centre(self, loader: Iterable[Any] | None = None) -> nn.Module:
+        """Return a plain model with the weights that the replicas are pulled to, or their mean.
+
+        It differs from `Replicas.centre` where the force has a centre of its own, and where a replica is lost.
+
+        Args:
+            loader: As in `Replicas.centre`.
+        """
+        rows = self._alive() or list(range(self.replicas.n))
+        model = unstack(self.replicas.stacked, lambda tensor: mean(tensor[rows])[0])
+        with torch.no_grad():
+            for name, tensor in self._memory.centre.items():
+                model.get_parameter(name).copy_(tensor)
+        if loader is not None:
+            estimate_statistics(model, loader)
+        return model
+
+    @torch.no_grad()
+    def reset(self, i: int, *optimizers: torch.optim.Optimizer) -> None:
+        """Start replica ``i`` again from the centre of the others, its part of optimisers' states cleared.
+
+        Args:
+            i: A replica, lost or not.
+            optimizers: Those that train the replicas.
+
+        Raises:
+            OptionError: if there is no such replica, or no finite weights to start it from.
+        """
+        self.replicas.replica(i)  # an index that is wrong is refused there
+        i %= self.replicas.n
+        others = [row for row in self._alive() if row != i]
+        if not others and not self._memory.centre:
+            raise OptionError(
+                f"Coupling.reset(): i: found no finite weights but those of replica {i}, expected others to start it "
+                f"from. Write replicas.load_replica({i}, model)."
+            )
+        for name, tensor in (*self._trained().items(), *self.replicas.stacked.named_buffers()):
+            if name in self._memory.centre:
+                tensor[i] = self._memory.centre[name]
+            elif others:
+                tensor[i] = mean(tensor[others])[0]
+        for parameter in self._trained().values():
+            kept = [each.state.get(parameter, {}).values() for each in optimizers]
+            for value in (parameter.grad, *(value for values in kept for value in values)):
+                if isinstance(value, Tensor) and value.shape[:1] == parameter.shape[:1]:
+                    value[i] = 0
+        self._lost.since.pop(i, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: steps done, and what the skipped ones gathered."""
-        return {"steps": self._steps, "gathered": self._gathered}
+        """Return what a resumed run needs."""
+        memory = self._memory
+        return {
+            "force": self.force,
+            "steps": self._steps,
+            "gathered": self._gathered,
+            "first": self._first,
+            "start": {name: tensor.clone() for name, tensor in self._start.items()},
+            "started_apart": self._started_apart,
+            "lost": self.lost,
+            "losses": list(memory.losses),
+            "centre": {name: tensor.detach().clone() for name, tensor in memory.centre.items()},
+            "outer": None if memory.outer is None else memory.outer.state_dict(),
+        }
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the state was taken."""
-        self._steps, self._gathered = int(state["steps"]), float(state["gathered"])
+        """Go on where the state was taken.
+
+        Raises:
+            OptionError: if it was taken from another force.
+        """
+        if state["force"] != self.force:
+            raise OptionError(
+                f"Coupling.load_state_dict(): force: found {state['force']!r}, expected {self.force!r} as here. "
+                f"Write Coupling(replicas, force={state['force']!r})."
+            )
+        memory = self._memory
+        self._steps, self._gathered, self._first = state["steps"], state["gathered"], state["first"]
+        self._start = {name: tensor.clone() for name, tensor in state["start"].items()}
+        self._started_apart, self._lost.since = state["started_apart"], dict(state["lost"])
+        memory.losses = list(state["losses"])
+        for name, tensor in state["centre"].items():
+            memory.centre[name].copy_(tensor)
+        if memory.outer is not None:
+            memory.outer.load_state_dict(state["outer"])
+        self._movement.note()
 
     def __repr__(self) -> str:
-        return f"Coupling(strength={self.strength!r}, every={self.every}, force={self.force!r}, scale={self.scale})"
+        scale = self._memory.scale
+        return f"Coupling(strength={self.strength!r}, every={self.every}, force={self.force!r}, scale={scale})"
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.replicas.stacked.named_parameters() if p.requires_grad}
+
+    def _alive(self) -> list[int]:
+        """Return the finite replicas, and note the others."""
+        rows = finite_replicas(self._trained(), self.replicas.n)
+        self._lost.note(rows, self.replicas.n, self._steps)
+        return rows
+
+    def _note_losses(self, losses: Tensor | None) -> None:
+        if self.force != "leader":
+            return
+        if losses is None or losses.shape != (self.replicas.n,):
+            found = "none" if losses is None else f"a tensor of shape {tuple(losses.shape)}"
+            raise OptionError(
+                f"Coupling.step(): losses: found {found}, expected one loss for each of {self.replicas.n} "
+                "replicas: the leader is chosen by them. Write losses = replicas.losses(...); losses.sum().backward(); "
+                "coupling.step(losses)."
+            )
+        new = losses.detach().tolist()
+        self._memory.losses = [a + b for a, b in zip(self._memory.losses or [0.0] * len(new), new, strict=True)]
+
+    def _strength_now(self, is_due: bool) -> float:
+        """Return the strength of this step, and note the first there was."""
+        if isinstance(self.strength, Automatic):
+            if self._first is None:
+                return self._measure(self.strength.share) if is_due else 0.0
+            return self.strength.after(self._first, self._steps)
+        if not callable(self.strength):
+            return self.strength
+        strength = check_strength(self.strength(self._steps))
+        if self._first is None:
+            self._first = strength
+        elif strength > self._first and self._started_apart:
+            self._started_apart = False  # said once
+            warn_of_late_merging()
+        return strength
+
+    @torch.no_grad()
+    def _measure(self, share: float) -> float:
+        """Return by how much to pull now, and note what that is a step; 0 as long as all replicas are one."""
+        weights, rows = self._trained(), self._alive()
+        way = math.hypot(*(float((each - self._start[name])[rows].norm()) for name, each in weights.items()))
+        gap = math.hypot(*(float((each[rows] - mean(each[rows])).norm()) for each in weights.values() if rows))
+        if gap == 0:
+            self._start = {name: each.detach().clone() for name, each in weights.items()}
+            return 0.0
+        strength = min(share * way / gap, 1.0)
+        self._first = 1 - (1 - strength) ** (1 / self.every) if self.compound else strength
+        self._start = {}
+        return strength
 
 
-def exponential(start: float, end: float, steps: int) -> Callable[[int], float]:
-    """Return a strength that goes from ``start`` to ``end`` by equal factors within ``steps``, and then stays.
+def _memory(
+    replicas: Replicas, force: Force | None, scale: float, outer: Callable[[list[Tensor]], torch.optim.Optimizer] | None
+) -> Memory:
+    memory = Memory(scale)
+    if force in OWN_CENTRE:
+        memory.centre = {name: mean(p.detach())[0].clone() for name, p in replicas.stacked.named_parameters()}
+    if outer is not None:
+        memory.outer = outer(list(memory.centre.values()))
+    return memory
 
-    Raises:
-        OptionError: if a strength is outside of (0, 1], or ``steps`` is below 1.
 
-    Example:
-        >>> strength = exponential(0.001, 0.1, steps=100)
-        >>> [round(strength(step), 6) for step in (0, 50, 100, 1000)]
-        [0.001, 0.01, 0.1, 0.1]
-    """
-    if not (0 < start <= 1 and 0 < end <= 1 and steps >= 1):
+def _check(replicas: object, strength: object, every: object, force: object, scale: float, outer: object) -> None:
+    """Refuse what cannot be used, before anything is made."""
+    if not isinstance(replicas, Replicas):
         raise OptionError(
-            f"exponential(): found {start!r} to {end!r} in {steps!r} steps, expected strengths above 0 up to 1 and at "
-            "least one step. Write exponential(0.001, 0.1, steps=1000)."
+            f"Coupling(): replicas: found {type(replicas).__name__}, expected Replicas. "
+            "Write Coupling(Replicas(model, n=3))."
         )
-    return lambda step: start * (end / start) ** min(step / steps, 1.0)
-
-
-def _tanh_force(weights: Tensor, centre: Tensor, scale: float) -> Tensor:
-    return scale * torch.tanh((centre - weights) / scale)
-
-
-def _check_strength(strength: Any) -> float:
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+    if not callable(strength) and not isinstance(strength, Automatic):
+        check_strength(strength)
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise OptionError(f"Coupling(): every: found {every!r}, expected a whole number from 1 on. Write every=10.")
+    if force is not None and force not in get_args(Force):
         raise OptionError(
-            f"Coupling(): strength: found {strength!r}, expected a number from 0 to 1, the share of the gap to the "
-            "mean that one step closes. Write strength=0.01."
+            f"Coupling(): force: found {force!r}, expected {', '.join(map(repr, get_args(Force)))} or None. "
+            "Write force='elastic'."
         )
-    return strength
+    if not 0 < scale < math.inf:
+        raise OptionError(f"Coupling(): scale: found {scale!r}, expected a finite number above 0. Write scale=1.0.")
+    if callable(outer) != (force == "outer"):
+        raise OptionError(
+            f"Coupling(): outer: found {outer!r} with force={force!r}, expected a function that returns an optimiser, "
+            "with force='outer' only. Write outer=lambda centre: torch.optim.SGD(centre, lr=0.7, momentum=0.9, "
+            "nesterov=True)."
+        )

@@ -1,0 +1,98 @@
+"""What each force does to the replicas: functions of their weights and of what the coupling remembers.
+
+A force gets the weights by name, each with a leading axis of replicas, and moves them in place. To add one: its
+function, a line in `FORCES`, and what it has to remember in `Memory`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .stack import mean
+
+Force = Literal["elastic", "tanh", "leader", "centre", "outer"]
+Weights = Mapping[str, Tensor]  # each (replicas, *shape)
+
+
+@dataclass
+class Memory:
+    """What a coupling remembers between two pulls."""
+
+    scale: float = 1.0  # of tanh, in units of the weights
+    centre: dict[str, Tensor] = field(default_factory=dict)  # of its own; empty where the mean is the centre
+    outer: torch.optim.Optimizer | None = None  # moves that centre
+    losses: list[float] = field(default_factory=list)  # of each replica, summed since the last pull
+    rows: Sequence[int] = ()  # which replicas the weights are of: the finite ones
+
+
+def elastic(weights: Weights, strength: float, memory: Memory) -> None:
+    """Close a share of the gap to the mean: the move is ``s (c - W_a)``."""
+    for each in weights.values():
+        each.lerp_(mean(each), strength)
+
+
+def tanh(weights: Weights, strength: float, memory: Memory) -> None:
+    """Close the gap to the mean as the linear pull does, but by no more than a share of the scale."""
+    for each in weights.values():
+        each.add_(memory.scale * torch.tanh((mean(each) - each) / memory.scale), alpha=strength)
+
+
+def leader(weights: Weights, strength: float, memory: Memory) -> None:
+    """Close a share of the gap to the replica that lost least since the last pull."""
+    losses = [memory.losses[row] for row in memory.rows]
+    best = min(range(len(losses)), key=lambda place: math.inf if math.isnan(losses[place]) else losses[place])
+    for each in weights.values():
+        each.lerp_(each[best : best + 1].clone(), strength)
+
+
+def centre(weights: Weights, strength: float, memory: Memory) -> None:
+    """Let the replicas meet a centre of its own in turns: each closes a share of the gap, the centre as much of it."""
+    for name, each in weights.items():
+        for replica in each.unbind(0):
+            gap = replica - memory.centre[name]
+            replica.sub_(gap, alpha=strength)
+            memory.centre[name].add_(gap, alpha=strength)
+
+
+def outer(weights: Weights, strength: float, memory: Memory) -> None:
+    """Move the centre by the outer optimiser, with its distance to the mean as gradient; then pull to it."""
+    assert memory.outer is not None
+    for name, each in weights.items():
+        memory.centre[name].grad = memory.centre[name] - mean(each)[0]
+    memory.outer.step()
+    memory.outer.zero_grad()
+    for name, each in weights.items():
+        each.lerp_(memory.centre[name].detach(), strength)
+
+
+FORCES: Mapping[Force, Callable[[Weights, float, Memory], None]] = {
+    "elastic": elastic,
+    "tanh": tanh,
+    "leader": leader,
+    "centre": centre,
+    "outer": outer,
+}
+OWN_CENTRE: tuple[Force, ...] = ("centre", "outer")  # these pull one replica alone, too
+
+
+def finite_replicas(weights: Weights, n: int) -> list[int]:
+    """Return the replicas without nan or infinity.
+
+    Cost: one pass over the weights and one synchronisation; a second pass where something is not finite.
+    """
+    sums = [_total(each) for each in weights.values()]
+    if not sums or bool(torch.stack([each.to(sums[0].device) for each in sums]).sum().isfinite()):
+        return list(range(n))
+    finite = torch.stack([each.isfinite().flatten(1).all(1).cpu() for each in weights.values()]).all(0)
+    return [i for i in range(n) if finite[i]]
+
+
+def _total(weights: Tensor) -> Tensor:
+    """Return the sum, which is finite only if every weight is; half precision would overflow."""
+    return weights.sum(dtype=torch.float32 if weights.dtype in (torch.float16, torch.bfloat16) else None)
