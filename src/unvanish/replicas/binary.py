@@ -22,7 +22,7 @@ def signs(latent: Tensor) -> Tensor:
         >>> signs(torch.tensor([-0.5, 0.0, 2.0]))
         tensor([-1.,  1.,  1.])
     """
-    return torch.where(latent >= 0, 1.0, -1.0).to(latent.dtype)
+    return torch.copysign(torch.ones_like(latent), latent + 0.0)  # adding zero turns -0.0 into 0.0
 
 
 def ternary(latent: Tensor) -> Tensor:

@@ -238,6 +238,11 @@ def _random_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def _check_training(patterns: Patterns, units: int, replicas: int, batch: int, epochs: int) -> None:
     _check_odd("train_committee", "units", units)
     _check_odd("train_committee", "patterns.inputs.shape[1]", patterns.inputs.shape[1])
+    if not all(bool((part.abs() == 1).all()) for part in patterns):
+        raise OptionError(
+            "train_committee(): patterns: found other numbers than -1 and 1, expected inputs and labels of these. "
+            "Write Patterns(inputs.sign(), labels)."
+        )
     for name, count in (("replicas", replicas), ("batch", batch), ("epochs", epochs)):
         if count < 1:
             raise OptionError(f"train_committee(): {name}: found {count!r}, expected at least 1. Write {name}=7.")
