@@ -208,6 +208,7 @@ def train_frozen(case: Case, make_optimizer: Callable[[Any], torch.optim.Optimiz
     learning = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     assert before
     assert learning
+    optimizer.step()  # with the gradients of before
     for number in range(steps):
         model.train(number % 5 != 4)
         step(model, optimizer, case, set_to_none=number % 2 == 0)
