@@ -40,6 +40,11 @@ def ternary(latent: Tensor) -> Tensor:
     return torch.where(latent.abs() > threshold, signs(latent), 0.0)
 
 
+def discrete(latent: Tensor, levels: Levels) -> Tensor:
+    """Return the discrete weights of latent ones, without a gradient of use: by `signs` or by `ternary`."""
+    return signs(latent) if levels == 2 else ternary(latent)
+
+
 def discretise(latent: Tensor, levels: Levels = 2, *, is_scaled: bool = False) -> Tensor:
     """Return the discrete weights of latent ones, with a gradient as if they were the latent ones.
 
@@ -60,7 +65,7 @@ def discretise(latent: Tensor, levels: Levels = 2, *, is_scaled: bool = False) -
         [[3.0, 4.0, 5.0]]
     """
     with torch.no_grad():
-        values = signs(latent) if levels == 2 else ternary(latent)
+        values = discrete(latent, levels)
     straight = values + (latent - latent.detach())  # exactly the values: what is added is zero
     if not is_scaled:
         return straight
@@ -160,6 +165,11 @@ class BinaryConv2d(nn.Conv2d):
 def binary_layers(model: nn.Module) -> dict[str, BinaryLinear | BinaryConv2d]:
     """Return the layers of a model that have discrete weights, by name; a layer that is shared appears once."""
     return {name: each for name, each in model.named_modules() if isinstance(each, (BinaryLinear, BinaryConv2d))}
+
+
+def latent_levels(model: nn.Module) -> dict[str, Levels]:
+    """Return the names of all latent weights of a model, as parameters are named, with their levels."""
+    return {f"{name}.weight".removeprefix("."): layer.levels for name, layer in binary_layers(model).items()}
 
 
 @torch.no_grad()

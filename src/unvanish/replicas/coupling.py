@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from .binary import latent_levels
 from .forces import FORCES, OWN_CENTRE, Memory, finite_replicas
 from .forces import Force as Force
+from .kicks import Form, check_kick
 from .precautions import (
     Losses,
     MovementCheck,
@@ -46,6 +48,8 @@ class Coupling:
     of three or more. ``leader``: c is the replica with the lowest loss since the last pull. ``centre``: c has
     weights of its own; each replica in turn does ``W_a -= s (W_a - c)``, and c takes up what it gave. ``outer``: c
     has weights of its own, which an optimiser moves by the gradient c minus the mean; then ``W_a += s (c - W_a)``.
+    ``binary``: the latent weights of binary layers get s times the `kick` of their discrete weights; all other
+    parameters the elastic pull.
 
     The pull is no gradient: it is not scaled by the learning rate, so as that falls, the pull gains on it. Frozen
     parameters and buffers are not pulled. A replica that holds nan or infinity neither pulls nor is pulled: see `lost`
@@ -59,6 +63,8 @@ class Coupling:
         force: One of the above, or None.
         scale: L, the gap at which ``tanh`` levels off, in units of the weights.
         outer: For ``outer``: returns an optimiser of the tensors of the centre.
+        gamma: For ``binary``: see `kick`; a number, or a function of the number of steps done such as `additive`.
+        form: For ``binary``: see `kick`.
         compound: Pull by what the skipped steps add up to: with a constant strength ``1 - (1 - s)**every``. For the
             elastic force this is what those pulls would have done in a row. False: by the strength as it is.
 
@@ -66,7 +72,7 @@ class Coupling:
         OptionError: if an argument cannot be used.
 
     Source: elastic and centre: Zhang, Choromanska & LeCun 2015; to couple replicas for wide minima: Baldassi et al.
-    2016; leader: Teng et al. 2019; outer: Douillard et al. 2023.  Ours: compounding.
+    2016, of whom ``binary`` is; leader: Teng et al. 2019; outer: Douillard et al. 2023.  Ours: compounding.
 
     Example:
         >>> replicas = Replicas(torch.nn.Linear(1, 1, bias=False), n=2)
@@ -86,16 +92,21 @@ class Coupling:
         *,
         scale: float = 1.0,
         outer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
+        gamma: float | Callable[[int], float] = 0.05,
+        form: Form = "simple",
         compound: bool = True,
     ) -> None:
         _check(replicas, strength, every, force, scale, outer)
+        _check_binary(replicas, force, gamma, form)
         self.replicas = replicas
         self.strength = strength
         self.every = every
         self.force = force
+        self.gamma = gamma
         self.compound = compound
         self.observers: list[Observer] = []
         self._memory = _memory(replicas, force, scale, outer)
+        self._memory.form = form
         self._lost = Losses()
         self._steps = 0
         self._gathered = 0.0  # of the gap, by the steps since the last pull
@@ -150,6 +161,7 @@ class Coupling:
         if not rows:
             return
         self._memory.rows = rows
+        self._memory.gamma = self.gamma(self._steps) if callable(self.gamma) else self.gamma
         if len(rows) == self.replicas.n:
             FORCES[self.force](weights, strength, self._memory)
             return
@@ -308,6 +320,8 @@ def _memory(
     memory = Memory(scale)
     if force in OWN_CENTRE:
         memory.centre = {name: mean(p.detach())[0].clone() for name, p in replicas.stacked.named_parameters()}
+    if force == "binary":
+        memory.levels = latent_levels(replicas.stacked)
     if outer is not None:
         memory.outer = outer(list(memory.centre.values()))
     return memory
@@ -336,4 +350,14 @@ def _check(replicas: object, strength: object, every: object, force: object, sca
             f"Coupling(): outer: found {outer!r} with force={force!r}, expected a function that returns an optimiser, "
             "with force='outer' only. Write outer=lambda centre: torch.optim.SGD(centre, lr=0.7, momentum=0.9, "
             "nesterov=True)."
+        )
+
+
+def _check_binary(replicas: Replicas, force: Force | None, gamma: object, form: object) -> None:
+    """Refuse a force for discrete weights where there are none, and what a kick cannot use."""
+    check_kick("Coupling", 1.0 if callable(gamma) else gamma, form)
+    if force == "binary" and not latent_levels(replicas.stacked):
+        raise OptionError(
+            "Coupling(): force: found 'binary' for a model without BinaryLinear or BinaryConv2d, expected a model with "
+            "discrete weights. Write force='elastic'."
         )

@@ -14,9 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .binary import Levels, discrete
+from .kicks import Form, kick
 from .stack import mean
 
-Force = Literal["elastic", "tanh", "leader", "centre", "outer"]
+Force = Literal["elastic", "tanh", "leader", "centre", "outer", "binary"]
 Weights = Mapping[str, Tensor]  # each (replicas, *shape)
 
 
@@ -29,6 +31,9 @@ class Memory:
     outer: torch.optim.Optimizer | None = None  # moves that centre
     losses: list[float] = field(default_factory=list)  # of each replica, summed since the last pull
     rows: Sequence[int] = ()  # which replicas the weights are of: the finite ones
+    levels: dict[str, Levels] = field(default_factory=dict)  # of the weights that are latent
+    gamma: float = 0.05  # of the kick, at this pull
+    form: Form = "simple"  # of the kick
 
 
 def elastic(weights: Weights, strength: float, memory: Memory) -> None:
@@ -71,12 +76,25 @@ def outer(weights: Weights, strength: float, memory: Memory) -> None:
         each.lerp_(memory.centre[name].detach(), strength)
 
 
+def binary(weights: Weights, strength: float, memory: Memory) -> None:
+    """Kick latent weights by what the discrete weights of all replicas say; pull all others linearly."""
+    for name, each in weights.items():
+        if name in memory.levels:
+            levels = memory.levels[name]
+            # an output of a replica is an output: thresholds are taken for each
+            values = discrete(each.flatten(0, 1), levels).view_as(each)
+            each.add_(kick(values, memory.gamma, memory.form, levels=levels), alpha=strength)
+        else:
+            each.lerp_(mean(each), strength)
+
+
 FORCES: Mapping[Force, Callable[[Weights, float, Memory], None]] = {
     "elastic": elastic,
     "tanh": tanh,
     "leader": leader,
     "centre": centre,
     "outer": outer,
+    "binary": binary,
 }
 OWN_CENTRE: tuple[Force, ...] = ("centre", "outer")  # these pull one replica alone, too
 
