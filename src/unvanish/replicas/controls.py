@@ -18,8 +18,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from .backends import LossFn
-from .coupling import Coupling, Force
+from .coupling import Coupling
+from .forces import Force
 from .replicas import Replicas
+from .schedules import Strength
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
 Predict = Callable[[Tensor], Tensor]
@@ -83,7 +85,7 @@ class Method:
 
 def coupled(
     init: Literal["shared", "separate"],
-    strength: float | Callable[[int], float] = 0.01,
+    strength: Strength = 0.01,
     every: int = 1,
     force: Force | None = "elastic",
     *,
@@ -104,7 +106,7 @@ def coupled(
         ('replicas, separate, tanh 1', 'one network, batch x n, start / sqrt n')
     """
     if name is None:
-        amount = "by schedule" if callable(strength) else f"{strength:g}"
+        amount = f"{strength:g}" if isinstance(strength, (int, float)) else "by schedule"
         pull = "uncoupled" if force is None else f"{force} {amount}" + (f" every {every}" if every > 1 else "")
         name = f"replicas, {init}, {pull}"
     controls = (_UNION, _UNION) if init == "shared" else (_UNION_FROM_MEAN, _INDEPENDENT)
@@ -127,7 +129,7 @@ def train_replicas(
     job: Job,
     *,
     init: Literal["shared", "separate"],
-    strength: float | Callable[[int], float] = 0.0,
+    strength: Strength = 0.0,
     every: int = 1,
     force: Force | None = "elastic",
     readouts: tuple[Literal["centre", "ensemble"], ...] = ("centre", "ensemble"),
