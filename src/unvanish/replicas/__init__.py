@@ -20,7 +20,6 @@ from .kicks import kick as kick
 from .replicas import Replicas as Replicas
 from .schedules import Automatic as Automatic
 from .schedules import exponential as exponential
-from .speed import LearningSpeed as LearningSpeed
 
 __all__ = [
     "STANDARD_METHODS",
@@ -29,7 +28,6 @@ __all__ = [
     "BinaryLinear",
     "Comparison",
     "Coupling",
-    "LearningSpeed",
     "Method",
     "Patterns",
     "Replicas",
