@@ -15,6 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "unvanish"
 ORDER = (
     ("version", "errors"),
     ("records",),
+    ("terrain",),
     ("layers", "measures", "graph", "held_out"),
     ("roster", "staging", "untouched"),
     ("assemble", "capture"),
@@ -46,6 +47,7 @@ NEVER_TORCH = (
     "version",
     "errors",
     "records",
+    "terrain",
     "trace",
     "diagnose",
     "report",

@@ -19,6 +19,7 @@ from .launch import check_target
 from .output import TARGET, USAGE, FailOn, Output, exit_code, flush, nearby
 from .records import Findings
 from .report import RunView, compare_document, compare_text
+from .terrain import read_landscape
 from .trace import read_recording
 from .version import VERSION
 
@@ -207,7 +208,8 @@ def report(
 
     recording = read_recording(record)
     findings = without_training(diagnose(recording), recording, is_torch_seen=True)
-    Output(json, quiet=quiet, no_color=no_color).show(findings, recording)
+    landscape = read_landscape(record if record.is_dir() else record.parent)
+    Output(json, quiet=quiet, no_color=no_color).show(findings, recording, landscape)
     raise typer.Exit(exit_code(findings, fail_on))
 
 

@@ -14,6 +14,7 @@ from typing import IO, Any
 from .errors import OptionError
 from .records import SEVERITIES, Findings, Recording
 from .report import Ink, report_text, verdict_line
+from .terrain import Landscape
 
 CLEAN, FINDINGS, USAGE, TARGET, INCONCLUSIVE = range(5)  # exit codes
 
@@ -51,11 +52,11 @@ class Output:
         """Return what the stream can show now."""
         return Ink.of(self.stream, is_colour_wanted=not self.no_color)
 
-    def show(self, findings: Findings, recording: Recording | None = None) -> None:
+    def show(self, findings: Findings, recording: Recording | None = None, landscape: Landscape | None = None) -> None:
         """Write the report, the document, or both."""
         ink = self.ink()
-        text = verdict_line(findings, ink) if self.quiet else report_text(findings, ink, recording)
-        self.write(text, findings.to_dict())
+        text = verdict_line(findings, ink) if self.quiet else report_text(findings, ink, recording, landscape)
+        self.write(text, findings.to_dict() | ({} if landscape is None else {"landscape": landscape.to_dict()}))
 
     def write(self, text: str, document: Mapping[str, Any]) -> None:
         """Write a result in the form that was asked for."""

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..records import SEVERITIES, Finding, Findings, Recording, Trace
+from ..terrain import Landscape
 from .ink import Ink, number, plain, shorten
 from .remedies import in_words
 from .table import SIGNS, STYLES, layer_table
@@ -20,15 +21,18 @@ _LABEL = 9
 _MAX_NUMBERS = 6
 
 
-def report_text(findings: Findings, ink: Ink, recording: Recording | None = None) -> str:
+def report_text(
+    findings: Findings, ink: Ink, recording: Recording | None = None, landscape: Landscape | None = None
+) -> str:
     """Return the whole report of a run.
 
     Args:
         findings: The diagnosis.
         ink: What the stream can show.
         recording: Adds the optimisers and the course of the loss to the header.
+        landscape: Adds a section on how the minima of replicas lie to each other.
     """
-    return ink.render(*_parts(findings, ink, recording))
+    return ink.render(*_parts(findings, ink, recording, landscape))
 
 
 def verdict_line(findings: Findings, ink: Ink) -> str:
@@ -36,7 +40,9 @@ def verdict_line(findings: Findings, ink: Ink) -> str:
     return ink.render(_verdict(findings, ink.width))
 
 
-def _parts(findings: Findings, ink: Ink, recording: Recording | None) -> Iterator[RenderableType]:
+def _parts(
+    findings: Findings, ink: Ink, recording: Recording | None, landscape: Landscape | None
+) -> Iterator[RenderableType]:
     yield from _header(findings, ink, recording)
     if findings.layers:
         yield ""
@@ -51,6 +57,9 @@ def _parts(findings: Findings, ink: Ink, recording: Recording | None) -> Iterato
         yield Padding(Text(plain(note), style="yellow"), (0, 0, 0, 2))
     for note in findings.notes:
         yield _paragraph(plain(note))
+    if landscape is not None:
+        yield ""
+        yield landscape
     yield ""
     yield _verdict(findings, ink.width)
 
