@@ -465,3 +465,96 @@ def test_an_unmodified_script_is_treated(tmp_path: Path) -> None:
     wrong = run("--treat", "zero-gard", "sick.py")
     assert wrong.returncode == 2
     assert "Did you mean 'zero-grad'" in wrong.stderr
+
+
+@pytest.mark.parametrize("fault", ["negated loss", "maximize"])
+def test_descend_gives_the_numbers_of_the_mended_loop(fault: str) -> None:
+    """With ``descend``, ten steps uphill are ten steps of the mended loop, bit for bit; undone, they lead uphill."""
+
+    def train(sign: float, treatments: tuple[str, ...], maximize: bool = False) -> list[float]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, maximize=maximize)
+        x = torch.randn(16, 3)
+        backward = torch.autograd.backward
+        with unvanish.treat(model, optimizer, *treatments):
+            for _ in range(10):
+                optimizer.zero_grad()
+                loss = sign * nn.functional.mse_loss(model(x), x[:, :1])
+                loss.backward()
+                optimizer.step()
+        assert torch.autograd.backward is backward
+        assert optimizer.param_groups[0]["maximize"] is maximize
+        return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
+
+    mended = train(1.0, ())
+    faulty = (-1.0, False) if fault == "negated loss" else (1.0, True)
+    assert train(faulty[0], ("descend",), faulty[1]) == mended
+    assert train(faulty[0], (), faulty[1]) != mended
+
+
+def test_early_stopping_holds_the_best_weights() -> None:
+    """Once it is time to stop, the weights of the best evaluation come back, and further steps change nothing."""
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    criterion = nn.MSELoss()
+    x = torch.randn(8, 2)
+    weights = []
+    with unvanish.treat(model, optimizer, unvanish.treatments.regularise.early_stopping(patience=2)):
+        for held_out in (3.0, 1.0, 2.0, 4.0, 0.5, 0.1):  # time to stop at the fourth
+            with torch.no_grad():
+                criterion(torch.tensor([held_out**0.5]), torch.zeros(1))
+            weights.append(model.weight.detach().clone())
+            optimizer.zero_grad()
+            criterion(model(x), x[:, :1]).backward()
+            optimizer.step()
+    assert torch.equal(model.weight, weights[1])
+    assert torch.equal(weights[4], weights[1])
+    assert torch.equal(weights[5], weights[1])
+    assert not torch.equal(weights[3], weights[1])
+
+
+EDGES = {  # looked up when they are called, as in a script
+    "log": (lambda x: torch.log(x), 0.0),
+    "0 log 0": (lambda x: x * x.log(), 0.0),
+    "log1p": (lambda x: torch.log1p(x), -1.0),
+    "root": (lambda x: torch.sqrt(x), 0.0),
+    "power": (lambda x: x**0.5, 0.0),
+    "inverse": (lambda x: x**-1, 0.0),
+    "0 / 0": (lambda x: x / x, 0.0),
+    "1 / 0": (lambda x: 1 / x, 0.0),
+    "exp": (lambda x: torch.exp(x), 1000.0),
+    "softmax": (lambda x: torch.exp(x) / torch.exp(x).sum(), 1000.0),
+    "acos": (lambda x: torch.acos(x), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_safe_math_is_finite_at_the_edge_and_exact_away_from_it(name: str) -> None:
+    """At the edge of its domain a function and its slope are finite; away from it nothing changes; nothing remains."""
+    function, edge = EDGES[name]
+    inside = torch.linspace(0.1, 0.9, 5)
+
+    def value_and_slope(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone().requires_grad_(True)
+        y = function(x)
+        (slope,) = torch.autograd.grad(y.sum(), x)
+        return torch.stack([y.detach(), slope])
+
+    bare, at_edge = value_and_slope(inside), value_and_slope(torch.full((1,), edge))
+    assert not at_edge.isfinite().all()
+    with unvanish.treat(nn.Linear(1, 1), None, "safe-math"):
+        assert value_and_slope(torch.full((1,), edge)).isfinite().all()
+        assert torch.equal(value_and_slope(inside), bare)
+        with torch.no_grad():  # where optimisers work
+            assert torch.equal(torch.zeros(1).log(), torch.full((1,), -torch.inf))
+    assert torch.equal(torch.log(torch.zeros(1, requires_grad=True)).detach(), torch.full((1,), -torch.inf))
+
+
+@pytest.mark.parametrize("cell", [nn.RNNCell(3, 8, nonlinearity="relu"), nn.RNN(3, 8, nonlinearity="relu")])
+def test_recurrences_of_rectifiers_start_as_the_identity(cell: nn.Module) -> None:
+    """A rotation loses about half of what it turns below zero at each step; the identity keeps it (Le et al. 2015)."""
+    with unvanish.treat(cell, None, "orthogonal-init"):
+        (recurrent,) = (p for name, p in cell.named_parameters() if name.startswith("weight_hh"))
+        assert torch.equal(recurrent, torch.eye(8))

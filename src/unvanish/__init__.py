@@ -17,6 +17,7 @@ from .diagnose import without as without
 from .errors import LayerError as LayerError
 from .errors import OptionError as OptionError
 from .errors import RecordError as RecordError
+from .errors import StaleCacheError as StaleCacheError
 from .errors import TargetError as TargetError
 from .errors import TreatmentError as TreatmentError
 from .errors import UnvanishError as UnvanishError
@@ -32,21 +33,25 @@ if TYPE_CHECKING:
     from .check import check as check
     from .replicas import Coupling as Coupling
     from .replicas import Replicas as Replicas
+    from .reuse.cache import cache_features as cache_features
     from .reuse.freeze import freeze_to as freeze_to
     from .reuse.freeze import thaw as thaw
     from .session import Run as Run
     from .session import watch as watch
     from .treat import Changes as Changes
     from .treat import treat as treat
+    from .treatments import EarlyStopping as EarlyStopping
 
 _NEEDS_TORCH = {
     "watch": "session",
     "Run": "session",
     "check": "check",
+    "EarlyStopping": "treatments",
     "treat": "treat",
     "Changes": "treat",
     "Replicas": "replicas",
     "Coupling": "replicas",
+    "cache_features": "reuse.cache",
     "freeze_to": "reuse.freeze",
     "thaw": "reuse.freeze",
 }
@@ -55,6 +60,7 @@ __all__ = [
     "DEFAULT_RULES",
     "Changes",
     "Coupling",
+    "EarlyStopping",
     "Finding",
     "Findings",
     "Layer",
@@ -64,11 +70,13 @@ __all__ = [
     "Recording",
     "Replicas",
     "Run",
+    "StaleCacheError",
     "TargetError",
     "Trace",
     "TreatmentError",
     "UnvanishError",
     "__version__",
+    "cache_features",
     "check",
     "diagnose",
     "freeze_to",

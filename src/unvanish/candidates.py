@@ -16,6 +16,7 @@ FOR_ILLNESS: Mapping[str, tuple[Combination, ...]] = {
     "broadcast-loss": (("match-target-shape",),),
     "missing-zero-grad": (("zero-grad",),),
     "output-loss-mismatch": (("logits-loss",),),
+    "gradient-ascent": (("descend",),),
     "frozen-parameters": (("add-to-optimizer",), ("unfreeze",)),
     # A small batch is noisy, too: the rate that suits it is lower (Goyal et al. 2017).
     "batch-norm-small-batch": (("layer-norm",), ("layer-norm", "lower-lr=0.3"), ("layer-norm", "lower-lr=0.1")),
@@ -49,22 +50,31 @@ FOR_ILLNESS: Mapping[str, tuple[Combination, ...]] = {
         ("skip-connections",),
         ("normalise-layers",),
     ),
-    "non-finite": (("lower-lr=0.1",), ("adaptive-clip",), ("clip-norm=1",), ("lower-lr=0.1", "clip-norm=1")),
+    "non-finite": (
+        ("lower-lr=0.1",),
+        ("safe-math",),
+        ("adaptive-clip",),
+        ("clip-norm=1",),
+        ("safe-math", "clip-norm=1"),
+        ("lower-lr=0.1", "clip-norm=1"),
+    ),
     "learning-rate-too-low": (("raise-lr=10",), ("raise-lr=100",), ("raise-lr=hold",)),
     "constant-output": (("he-init",), ("batch-norm",), ("lower-lr=0.1",)),
     "oscillating-loss": (("lower-lr=0.1",), ("warm-up",), ("clip-norm=1",)),
     "slow-convergence": (("raise-lr=10",), ("batch-norm",), ("he-init",)),
     "stagnation": (
         ("raise-lr=10",),
+        ("raise-lr=100",),
         ("batch-norm",),
         ("he-init",),
         ("lower-lr=0.1",),
         ("orthogonal-init", "clip-norm=1"),
     ),
-    "overfitting": (("weight-decay=0.1",), ("dropout=0.5",), ("weight-decay=0.01",), ("early-stopping",)),
+    "overfitting": (("early-stopping",), ("weight-decay=0.1",), ("dropout=0.5",), ("early-stopping", "dropout=0.5")),
     "unlearnable-labels": (("raise-lr=10",), ("lower-lr=0.1",)),
 }
-MISTAKES = ("broadcast-loss", "missing-zero-grad", "output-loss-mismatch")  # of the script; mended first, whatever else
+# Of the script; mended first, whatever else.
+MISTAKES = ("broadcast-loss", "missing-zero-grad", "output-loss-mismatch", "gradient-ascent")
 MAX_CANDIDATES = 8
 
 

@@ -24,7 +24,7 @@ from .treatments.loop import of_log_probabilities
 AT_THE_STEP = frozenset(
     (
         "clip-norm clip-value adaptive-clip normalise-layers lower-lr raise-lr warm-up layerwise-rates zero-grad "
-        "weight-decay"
+        "descend weight-decay"
     ).split()
 )
 

@@ -174,7 +174,7 @@ def gradient_ascent(trace: Trace) -> Iterator[Finding]:
         "training drives the network away from its targets.",
         "exact: sign in the graph of the loss or of the optimiser; Cauchy 1847 (descent needs -gradient)",
         evidence={"loss_start": learned.start, "loss_end": learned.end, "alignment": alignment},
-        treatments=(),
+        treatments=("descend",),
     )
 
 

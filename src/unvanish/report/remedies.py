@@ -40,6 +40,8 @@ REMEDIES: dict[str, str] = {
     "augment-rotate-crop": "turn each training image by a few degrees and crop it",
     "standardise-inputs": "x = (x - mean) / std for each feature, from the training set",
     "standardise-targets": "y = (y - mean) / std from the training set; undo it on the predictions",
+    "safe-math": "keep log, sqrt, quotients and exp of the loss off 0 and infinity",
+    "descend": "negate the loss, or take maximize=True from the optimizer",
     "zero-grad": "call optimizer.zero_grad() before every backward()",
     "unfreeze": "set requires_grad = True on the layer's parameters",
     "add-to-optimizer": "pass the layer's parameters to the optimizer",

@@ -14,12 +14,14 @@ from typing import Any
 
 from ..errors import TreatmentError
 from .activations import REPLACEMENTS, swap_activation
+from .arithmetic import safe_math
 from .augment import augment_mirror, augment_noise, augment_rotate, augment_rotate_crop, augment_smooth
 from .capacity import limit_units
 from .gradients import adaptive_clip, clip_norm, clip_value, normalise_layers
 from .initialise import he_init, lecun_init, lsuv_init, orthogonal_init, xavier_init
 from .loop import (
     add_to_optimizer,
+    descend,
     logits_loss,
     match_target_shape,
     standardise_inputs,
@@ -68,10 +70,12 @@ TREATMENTS: Mapping[str, Callable[..., Treatment]] = {
     "standardise-inputs": standardise_inputs,
     "standardise-targets": standardise_targets,
     "zero-grad": zero_grad,
+    "descend": descend,
     "unfreeze": unfreeze,
     "add-to-optimizer": add_to_optimizer,
     "logits-loss": logits_loss,
     "match-target-shape": match_target_shape,
+    "safe-math": safe_math,
 }
 
 

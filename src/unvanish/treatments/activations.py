@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..records import Change
-from .loop import _around_forward
-from .treatment import Patient, Steps, Treatment
+from .treatment import Patient, Steps, Treatment, around_forward
 
 REPLACEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -84,7 +83,7 @@ def swap_activation(identifier: str) -> Treatment:
                 output_call[0] = mode.last[0]  # from the next call on the last activation is left alone
             return output
 
-        handles = _around_forward(patient.model, before, after)
+        handles = around_forward(patient.model, before, after)
         try:
             yield Change(identifier, f"hidden activations are {identifier}")
         finally:

@@ -105,7 +105,8 @@ def _fill(module: nn.Module, parameter: Tensor, role: str, fill: Fill) -> None:
             parameter.fill_(1.0)
     elif role == "recurrent":
         for gate in torch.split(parameter, int(module.hidden_size)):  # type: ignore[arg-type]
-            nn.init.orthogonal_(gate)
+            # half of a random rotation is lost at every step of a rectifier, the identity keeps all: Le et al. 2015
+            (nn.init.eye_ if _is_rectified(module) else nn.init.orthogonal_)(gate)
     elif role == "input":
         for gate in torch.split(parameter, int(module.hidden_size)):  # type: ignore[arg-type]
             fill(gate, gate.shape[1], gate.shape[0])
@@ -113,6 +114,10 @@ def _fill(module: nn.Module, parameter: Tensor, role: str, fill: Fill) -> None:
         fill(parameter, parameter.shape[0], parameter.shape[1])
     else:
         fill(parameter, *initial_fans(module, parameter))
+
+
+def _is_rectified(module: nn.Module) -> bool:
+    return getattr(module, "mode", "") == "RNN_RELU" or getattr(module, "nonlinearity", "") == "relu"
 
 
 def _normal(std: float) -> Callable[[Tensor], Any]:

@@ -1,4 +1,4 @@
-"""Mend what a training loop forgot: clear gradients, train all layers, fit outputs to the loss."""
+"""Mend what is wrong with a training loop: clear gradients, descend, train all layers, fit outputs to the loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import TreatmentError
 from ..layers import looks_fresh, own_parameters
 from ..records import Change
-from .treatment import Patient, Steps, Treatment, group_of, owned_by_optimizer
+from .treatment import Patient, Steps, Treatment, around_forward, group_of, owned_by_optimizer
 
 
 def zero_grad() -> Treatment:
@@ -34,6 +34,57 @@ def zero_grad() -> Treatment:
     return Treatment(
         "zero-grad", apply, preserves_function=True, code="optimizer.zero_grad()  # before loss.backward()"
     )
+
+
+def descend() -> Treatment:
+    """Minimise what is maximised: switch off ``maximize`` of the optimisers or, where it is off, negate the loss.
+
+    Raises:
+        TreatmentError: on applying it, if there is no optimiser.
+
+    Source: Cauchy 1847 (descent goes against the gradient).
+
+    Example:
+        >>> import unvanish
+        >>> model = nn.Linear(1, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> x, y = torch.ones(1, 1), torch.zeros(1, 1)
+        >>> before = nn.functional.mse_loss(model(x), y).item()
+        >>> with unvanish.treat(model, optimizer, "descend"):
+        ...     (-nn.functional.mse_loss(model(x), y)).backward()
+        ...     optimizer.step()
+        >>> nn.functional.mse_loss(model(x), y).item() < before
+        True
+    """
+
+    def apply(patient: Patient) -> Steps:
+        groups = [g for o in patient.need_optimizer("descend") for g in o.param_groups if g.get("maximize")]
+        original = torch.autograd.backward
+        for group in groups:
+            group["maximize"] = False
+        if not groups and not hasattr(original, "descends"):  # once, however many models are treated
+            torch.autograd.backward = _of_negated(original)
+        try:
+            yield Change("descend", "the loss is minimised, no longer maximised", preserves_function=True)
+        finally:
+            torch.autograd.backward = original
+            for group in groups:
+                group["maximize"] = True
+
+    return Treatment(
+        "descend", apply, preserves_function=True,
+        code="loss = -loss  # before loss.backward(); or take maximize=True from the optimizer",
+    )  # fmt: skip
+
+
+def _of_negated(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+        is_loss = isinstance(tensors, Tensor) and tensors.numel() == 1
+        original(-tensors if is_loss else tensors, *args, **kwargs)
+
+    backward.descends = True  # type: ignore[attr-defined]
+    return backward
 
 
 def unfreeze() -> Treatment:
@@ -119,19 +170,6 @@ class _LastSquash(TorchFunctionMode):
         return result
 
 
-def _around_forward(model: nn.Module, before: Callable[[], Any], after: Callable[[Any, Any], Any]) -> list[Any]:
-    """Run ``before`` as the model is called and let ``after`` change its output; nested calls are left alone."""
-    stack: list[Any] = []
-
-    def enter(module: nn.Module, args: Any) -> None:
-        stack.append(before())
-
-    def leave(module: nn.Module, args: Any, output: Any) -> Any:
-        return after(stack.pop(), output)
-
-    return [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
-
-
 def of_log_probabilities(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Make `nll_loss` normalise an input whose probabilities do not sum to one over the classes."""
 
@@ -177,7 +215,7 @@ def logits_loss() -> Treatment:
                 return output
             return mode.taken[0]
 
-        handles = _around_forward(patient.model, before, after)
+        handles = around_forward(patient.model, before, after)
         original, nn.functional.nll_loss = nn.functional.nll_loss, of_log_probabilities(nn.functional.nll_loss)
         try:
             yield Change("logits-loss", "the network returns what stands before its last squash")
@@ -206,7 +244,7 @@ def match_target_shape() -> Treatment:
                 return output.unsqueeze(1)
             return output.squeeze(1) if output.dim() == 2 and output.shape[1] == 1 else output
 
-        handles = _around_forward(patient.model, lambda: None, after)
+        handles = around_forward(patient.model, lambda: None, after)
         try:
             yield Change(
                 "match-target-shape", "a column of predictions becomes a vector while training, a vector a column"
@@ -295,7 +333,7 @@ def standardise_targets(mean: float | None = None, std: float | None = None) -> 
                 scaled.register_hook(lambda grad: grad / spread**2)  # type: ignore[no-untyped-call]
             return scaled
 
-        handles = _around_forward(patient.model, lambda: None, after)
+        handles = around_forward(patient.model, lambda: None, after)
         try:
             yield Change("standardise-targets", f"the network learns (y - {centre:.4g}) / {spread:.4g}")
         finally:

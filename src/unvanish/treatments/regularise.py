@@ -12,7 +12,7 @@ from ..errors import TreatmentError
 from ..layers import is_normalisation
 from ..records import Change
 from .gradients import _positive
-from .treatment import Patient, Steps, Treatment, saved_tensors
+from .treatment import Patient, Steps, Treatment
 
 
 def weight_decay(strength: float = 1e-4, *, decoupled: bool = True) -> Treatment:
@@ -139,28 +139,35 @@ class EarlyStopping:
 
 
 def early_stopping(patience: int = 5) -> Treatment:
-    """Keep the weights of the best held-out loss a criterion module computes, and end with them."""
+    """Keep the weights of the best held-out loss a criterion module computes, and end with them.
+
+    When it is time to stop, the best weights come back and further steps change nothing, so that what a script
+    measures after its loop is measured on them.
+    """
 
     def apply(patient: Patient) -> Steps:
         stopping = EarlyStopping(patient.model, patience=patience)
         values: list[float] = []
+        has_stopped = [False]
 
         def see(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(module, nn.modules.loss._Loss) and not torch.is_grad_enabled():
                 values.append(float(output))
 
         def settle(*_: Any) -> None:
-            if values:
-                stopping.step(sum(values) / len(values))
-                values.clear()
+            if values and not has_stopped[0]:
+                has_stopped[0] = stopping.step(sum(values) / len(values))
+            values.clear()
+
+        def hold(*_: Any) -> None:
+            if has_stopped[0]:
+                stopping.restore()
 
         handles: list[Any] = [nn.modules.module.register_module_forward_hook(see)]
-        handles += [o.register_step_pre_hook(settle) for o in patient.optimizers]
+        for optimizer in patient.optimizers:
+            handles += [optimizer.register_step_pre_hook(settle), optimizer.register_step_post_hook(hold)]
         try:
-            with saved_tensors([]):
-                yield Change(
-                    "early-stopping", "the best weights of the held-out loss are kept", preserves_function=True
-                )
+            yield Change("early-stopping", "the best weights of the held-out loss are kept", preserves_function=True)
         finally:
             for handle in handles:
                 handle.remove()

@@ -88,6 +88,19 @@ def saved_tensors(tensors: Iterable[Tensor]) -> Iterator[None]:
                 tensor.copy_(copy)
 
 
+def around_forward(model: nn.Module, before: Callable[[], Any], after: Callable[[Any, Any], Any]) -> list[Any]:
+    """Run ``before`` as the model is called and let ``after`` change its output; nested calls are left alone."""
+    stack: list[Any] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        stack.append(before())
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        return after(stack.pop(), output)
+
+    return [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
+
+
 def group_of(optimizers: Iterable[torch.optim.Optimizer], parameter: Tensor) -> dict[str, Any] | None:
     """Return the parameter group that holds a parameter; None if no optimiser does."""
     for optimizer in optimizers:
