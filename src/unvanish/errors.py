@@ -5,6 +5,7 @@ UnvanishError
 ├── LayerError      (LookupError)  a named layer is missing or cannot be watched
 ├── TargetError     (ValueError)   the script or factory to run cannot be found or loaded
 ├── RecordError     (ValueError)   a file is not a record of a run, or is damaged
+├── StaleCacheError (RuntimeError) cached features were computed from something else
 ├── TreatmentError  (ValueError)   a treatment does not exist or cannot be applied here
 └── WeightsError    (ValueError)   a weights file is damaged, or does not fit the model
 
@@ -30,6 +31,10 @@ class TargetError(UnvanishError, ValueError):
 
 class RecordError(UnvanishError, ValueError):
     """A file is not a record of a run, or is damaged."""
+
+
+class StaleCacheError(UnvanishError, RuntimeError):
+    """Cached features were computed from other weights, data or settings."""
 
 
 class TreatmentError(UnvanishError, ValueError):
