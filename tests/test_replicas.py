@@ -245,10 +245,20 @@ class Branching(nn.Module):
         return self.up(x) if x.mean().item() > 0 else self.down(x)
 
 
-@pytest.mark.parametrize("backend", ["vmap", "auto"])
+REFUSED = {
+    ("vmap", Branching): "vmap cannot run this model (RuntimeError: ",
+    ("vmap", Reader): "vmap cannot run this model (RuntimeError: ",
+    ("batched", Branching): "batched cannot run this model (TraceError: ",
+    ("batched", Reader): "batched cannot run this model (LSTM)",
+}
+
+
+@pytest.mark.parametrize("backend", ["vmap", "batched", "auto"])
 @pytest.mark.parametrize("make", [Branching, Reader])
-def test_what_vmap_cannot_do_falls_back_and_says_so(make: Any, backend: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A forward pass that vmap refuses, or whose backward pass it refuses, runs in the loop; one line tells why."""
+def test_what_a_back_end_cannot_do_falls_back_and_says_so(
+    make: Any, backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pass that vmap or the rules of operations refuse, forward or backward, runs in the loop; one line tells why."""
     torch.manual_seed(0)
     case = Case(Branching, classes(5, 4)) if make is Branching else CASES["lstm"]
     plain = Replicas(case.make(), n=2)
@@ -261,7 +271,8 @@ def test_what_vmap_cannot_do_falls_back_and_says_so(make: Any, backend: str, cap
     for i in range(2):
         assert_same(plain.replica(i), replicas.replica(i))
     (line,) = caplog.messages
-    assert line.startswith("Replicas: vmap cannot run this model (RuntimeError: ")
+    for name in ("batched", "vmap") if backend == "auto" else (backend,):
+        assert REFUSED[name, make] in line
     assert line.endswith("). The loop is used; backend='loop' says so.")
 
 
@@ -278,16 +289,17 @@ class Remembering(nn.Module):
         return self.layer(x) * (1 if self.calls % 2 else 2)
 
 
-def test_vmap_that_gives_other_numbers_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("backend", ["vmap", "batched"])
+def test_other_numbers_are_not_used(backend: Any, caplog: pytest.LogCaptureFixture) -> None:
     """The trial compares losses, gradients and buffers with those of the loop."""
-    replicas = Replicas(Remembering(), n=2, backend="vmap")
+    replicas = Replicas(Remembering(), n=2, backend=backend)
     x, y = classes(5, 4)()
     with caplog.at_level(logging.WARNING, "unvanish"):
         replicas.loss(F.cross_entropy, x, y)
     assert "it gives other numbers than separate models" in caplog.text
 
 
-@pytest.mark.parametrize("backend", ["vmap", "auto"])
+@pytest.mark.parametrize("backend", ["vmap", "batched", "auto"])
 def test_the_trial_leaves_no_trace(backend: str) -> None:
     """Choosing a back end leaves weights, buffers, gradients and random numbers as they were."""
     torch.manual_seed(0)
@@ -310,7 +322,7 @@ def test_the_trial_leaves_no_trace(backend: str) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("backend", ["loop", "vmap"])
+@pytest.mark.parametrize("backend", ["loop", "vmap", "batched"])
 def test_dropout_differs_between_replicas(backend: str) -> None:
     """Equal replicas on one batch lose by different amounts, because each drops units of its own."""
     torch.manual_seed(0)
@@ -323,7 +335,7 @@ def test_dropout_differs_between_replicas(backend: str) -> None:
 # --- what stays as it was
 
 
-@pytest.mark.parametrize("backend", ["loop", "vmap"])
+@pytest.mark.parametrize("backend", ["loop", "vmap", "batched"])
 def test_tied_weights_stay_tied(backend: str) -> None:
     """A shared weight is one parameter with two names, in the replicas and in what is taken out of them."""
     replicas = Replicas(Tied(), n=3, backend=backend)
@@ -335,7 +347,7 @@ def test_tied_weights_stay_tied(backend: str) -> None:
 
 
 @pytest.mark.parametrize("force", ["elastic", "tanh"])
-@pytest.mark.parametrize("backend", ["loop", "vmap"])
+@pytest.mark.parametrize("backend", ["loop", "vmap", "batched"])
 def test_frozen_parameters_stay_frozen(backend: Any, force: Any) -> None:
     """What is frozen keeps its bits in every replica that is trained and coupled, also where replicas differ in it."""
     models = [mlp() for _ in range(3)]
@@ -361,7 +373,7 @@ def test_frozen_parameters_are_not_drawn_anew() -> None:
     assert not torch.equal(model[2].bias, drawn[2].bias)
 
 
-@pytest.mark.parametrize("backend", ["loop", "vmap"])
+@pytest.mark.parametrize("backend", ["loop", "vmap", "batched"])
 def test_a_buffer_that_is_replaced_is_kept(backend: str) -> None:
     """What a forward pass assigns to a buffer, of floats or whole numbers, is found in its replica."""
 
@@ -743,7 +755,7 @@ def test_stationary_variance_on_a_quadratic(strength: float) -> None:
 # --- resume
 
 
-@pytest.mark.parametrize("backend", ["loop", "vmap", "auto"])
+@pytest.mark.parametrize("backend", ["loop", "vmap", "batched", "auto"])
 @pytest.mark.parametrize("force", ["elastic", "tanh"])
 def test_resume_is_bitwise(force: Any, backend: Any, tmp_path: Path) -> None:
     """A run that is stopped between two pulls and resumed from its file ends in the bits of the whole run."""
@@ -817,7 +829,7 @@ def test_wrong_calls_are_refused(make: Callable[[], object], words: str) -> None
         make()
 
 
-@pytest.mark.parametrize("backend", ["loop", "vmap"])
+@pytest.mark.parametrize("backend", ["loop", "vmap", "batched"])
 def test_wrong_losses_are_refused(backend: Any) -> None:
     """A loss that is not one number, batches that do not fit and unknown words are refused by each back end."""
     replicas = Replicas(mlp(), n=3, backend=backend)

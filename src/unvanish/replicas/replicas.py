@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,20 +13,24 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import OptionError
-from .backends import BACKENDS, Backend, LossFn, call, choose, keep_buffers, one_of
+from .backends import LossFn, call, keep_buffers, one_of
+from .choice import Backend, backends, choose
 from .stack import anew, check_equal, check_model, mean, named_tensors, stack, unstack
+from .stacked import NotUnderstood
 from .statistics import estimate_statistics
 
 Batches = Literal["shared", "separate"]
 Readout = Literal["centre", "ensemble"]
 
+_LOG = logging.getLogger("unvanish")
+_MEASURED: tuple[Backend, ...] = ("batched", "vmap")
 _SITUATIONS = ((False, False), (False, True), (True, False), (True, True))  # training, gradients on
 
 
 class Replicas(nn.Module):
     """Train n copies of a network side by side, each parameter stacked along a leading axis of replicas.
 
-    Uncoupled, n replicas are n separate trainings: bit for bit in the back end ``loop``, to rounding in ``vmap``.
+    Uncoupled, n replicas are n separate trainings: bit for bit in the back end ``loop``, to rounding in the others.
     `Coupling` pulls them together.
 
     Args:
@@ -34,9 +40,11 @@ class Replicas(nn.Module):
         init: ``"shared"``: all start as the model. ``"separate"``: the first starts as the model, the others are
             drawn anew by their modules' ``reset_parameters``. A function of i: returns the model to start replica i
             from.
-        backend: ``"loop"``: one replica after the other. ``"vmap"``: all at once, where the model allows it; tried at
-            the first loss, and the logger ``unvanish`` says if not. ``"auto"``: the faster of the two in a short
-            measurement at the first loss; a later run may choose otherwise.
+        backend: ``"loop"``: one replica after the other. ``"batched"``: all at once, by products of stacked matrices
+            and grouped convolutions. ``"vmap"``: all at once, by `torch.func.vmap`. Where the model does not allow
+            them the loop is used: both are tried at the first loss, and the logger ``unvanish`` says if not.
+            ``"auto"``: the fastest of the three in a short measurement at the first loss; a later run may choose
+            otherwise.
 
     Raises:
         OptionError: if an argument cannot be used, or the models of ``init`` differ in architecture.
@@ -55,7 +63,7 @@ class Replicas(nn.Module):
         n: int = 3,
         init: Literal["shared", "separate"] | Callable[[int], nn.Module] = "shared",
         *,
-        backend: Literal["loop", "vmap", "auto"] = "loop",
+        backend: Backend | Literal["auto"] = "loop",
     ) -> None:
         super().__init__()
         model = check_model(model)
@@ -66,15 +74,17 @@ class Replicas(nn.Module):
                 f"Replicas(): init: found {init!r}, expected 'shared', 'separate' or a function that returns the model "
                 "of replica i. Write init='shared'."
             )
-        if backend not in ("loop", "vmap", "auto"):
+        if backend not in (*get_args(Backend), "auto"):
             raise OptionError(
-                f"Replicas(): backend: found {backend!r}, expected 'loop', 'vmap' or 'auto'. Write backend='loop'."
+                f"Replicas(): backend: found {backend!r}, expected 'loop', 'vmap', 'batched' or 'auto'. "
+                "Write backend='auto'."
             )
         self.n = n
         self.backend = backend
         self.stacked = stack(_starts(model, n, init))
         self.training = model.training
         self._readout: Readout = "centre" if init == "shared" else "ensemble"
+        self._backends = backends()
         self._chosen: dict[tuple[bool, bool], Backend] = {}
 
     def loss(self, loss_fn: LossFn, x: Any, y: Any = None, *, batches: Batches = "shared") -> Tensor:
@@ -92,8 +102,15 @@ class Replicas(nn.Module):
     def losses(self, loss_fn: LossFn, x: Any, y: Any = None, *, batches: Batches = "shared") -> Tensor:
         """Return the loss of each replica; arguments as in `loss`."""
         is_separate = self._check_batches(batches, x, y)
-        run = BACKENDS[self._backend(loss_fn, x, y, is_separate)]
-        return run(self.stacked, self.n, loss_fn, x, y, is_separate=is_separate)
+        by = {
+            name: partial(compute, self.stacked, self.n, loss_fn, x, y, is_separate=is_separate)
+            for name, compute in self._backends.items()
+        }
+        try:
+            return by[self._choice(by)]()
+        except NotUnderstood as error:  # other shapes than those of the trial
+            _LOG.warning("Replicas: batched cannot run this call (%s). The loop is used for it.", error)
+            return by["loop"]()
 
     def forward(self, x: Any) -> list[Any]:
         """Return the outputs of all replicas on the same ``x``."""
@@ -171,12 +188,12 @@ class Replicas(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Return which back ends were chosen, so that a resumed run computes the same bits."""
-        names = ("", *BACKENDS)
+        names = ("", *get_args(Backend))
         return torch.tensor([names.index(self._chosen.get(situation, "")) for situation in _SITUATIONS])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take back the back ends that were chosen before."""
-        names = (None, *BACKENDS)
+        names = (None, *get_args(Backend))
         chosen = {key: names[int(code)] for key, code in zip(_SITUATIONS, state, strict=True)}
         self._chosen = {key: name for key, name in chosen.items() if name is not None}
 
@@ -184,14 +201,13 @@ class Replicas(nn.Module):
         """Return what is shown beside the name."""
         return f"n={self.n}, backend={self.backend!r}"
 
-    def _backend(self, loss_fn: LossFn, x: Any, y: Any, is_separate: bool) -> Backend:
+    def _choice(self, losses: Mapping[Backend, Callable[[], Tensor]]) -> Backend:
         if self.backend == "loop" or (self.backend == "auto" and self.n == 1):
             return "loop"
         situation = (self.training, torch.is_grad_enabled())
         if situation not in self._chosen:
-            must = self.backend == "vmap"
-            data = (loss_fn, x, y)
-            self._chosen[situation] = choose(self.stacked, self.n, data, is_separate=is_separate, must=must)
+            candidates = _MEASURED if self.backend == "auto" else (self.backend,)
+            self._chosen[situation] = choose(self.stacked, losses, candidates)
         return self._chosen[situation]
 
     def _check_batches(self, batches: str, x: Any, y: Any) -> bool:

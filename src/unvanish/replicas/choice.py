@@ -1,0 +1,143 @@
+"""Which back end computes: each candidate is tried, compared with the loop, and timed beside the others."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from ..untouched import untouched
+from .backends import loop, vmapped
+from .by_hand import Batched
+from .stacked import NotUnderstood
+
+Backend = Literal["loop", "vmap", "batched"]
+Compute = Callable[..., Tensor]
+
+_ROUNDS = 7  # of the measurement, in which all candidates take turns
+_LONG = 2.0  # seconds after which no other round begins
+_LOG = logging.getLogger("unvanish")
+
+
+def backends() -> dict[Backend, Compute]:
+    """Return all back ends; each module of replicas has its own, because plans are made for a model."""
+    return {"loop": loop, "vmap": vmapped, "batched": Batched()}
+
+
+def choose(
+    stacked: nn.Module, losses: Mapping[Backend, Callable[[], Tensor]], candidates: Sequence[Backend]
+) -> Backend:
+    """Return the back end for a call, after trying the candidates; nothing of the trials remains.
+
+    Args:
+        stacked: The stacked model.
+        losses: Computes the losses of the call, by each back end.
+        candidates: What to try beside the loop. One alone is taken wherever it works; of several, and the loop, the
+            fastest.
+    """
+    expected = _try(stacked, losses["loop"])  # what is wrong with the call itself is raised here
+    works: list[Backend] = []
+    faults = []
+    for name in candidates:
+        why = _fault(stacked, expected, losses[name], losses["loop"])
+        if why:
+            faults.append(f"{name} cannot run this model ({why})")
+        else:
+            works.append(name)
+    if not works:
+        _LOG.warning("Replicas: %s. The loop is used; backend='loop' says so.", "; ".join(faults))
+        return "loop"
+    if len(candidates) == 1:
+        return works[0]
+    return _fastest(stacked, {name: losses[name] for name in ("loop", *works)})
+
+
+class _Outcome(NamedTuple):
+    """What a forward and a backward pass left: losses, gradients, buffers."""
+
+    tensors: list[Tensor]
+    seconds: float
+    is_random: bool
+
+
+def _try(stacked: nn.Module, losses: Callable[[], Tensor]) -> _Outcome:
+    with untouched(stacked):
+        before, start = _random_state(stacked), _now(stacked)
+        found = losses()
+        if found.requires_grad:
+            found.sum().backward()  # type: ignore[no-untyped-call]
+        seconds = _now(stacked) - start
+        grads = [p.grad for p in stacked.parameters() if p.grad is not None]
+        is_random = not torch.equal(before, _random_state(stacked))
+        return _Outcome([found.detach(), *grads, *(b.clone() for b in stacked.buffers())], seconds, is_random)
+
+
+def _fault(stacked: nn.Module, expected: _Outcome, candidate: Callable[[], Tensor], loop: Callable[[], Tensor]) -> str:
+    """Return why a back end cannot be used for this call; nothing if it can."""
+    try:
+        found = _try(stacked, candidate)
+        if found.is_random:  # other numbers are drawn, so that only the rest of the network can be compared
+            with _without_dropout(stacked):
+                expected, found = _try(stacked, loop), _try(stacked, candidate)
+    except NotUnderstood as error:
+        return str(error)
+    except Exception as error:  # whatever it is: the loop works
+        return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+    agree = found.is_random or _agree(expected.tensors, found.tensors)
+    return "" if agree else "it gives other numbers than separate models"
+
+
+def _fastest(stacked: nn.Module, losses: Mapping[Backend, Callable[[], Tensor]]) -> Backend:
+    best = dict.fromkeys(losses, float("inf"))
+    start = time.perf_counter()
+    for _ in range(_ROUNDS):
+        for name, compute in losses.items():
+            best[name] = min(best[name], _try(stacked, compute).seconds)
+        if time.perf_counter() - start > _LONG:
+            break
+    return min(best, key=best.__getitem__)
+
+
+def _now(stacked: nn.Module) -> float:
+    if next(stacked.parameters()).is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _random_state(stacked: nn.Module) -> Tensor:
+    device = next(stacked.parameters()).device
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+@contextmanager
+def _without_dropout(stacked: nn.Module) -> Iterator[None]:
+    on = [module for module in stacked.modules() if isinstance(module, _DropoutNd) and module.training]
+    for module in on:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in on:
+            module.training = True
+
+
+def _agree(expected: list[Tensor], found: list[Tensor]) -> bool:
+    """Say whether two back ends did the same: to the root of the precision, relative to the largest number.
+
+    Relative to the largest of all, because many gradients are zero but for rounding, those before a norm for one.
+    """
+    floats = [(a, b) for a, b in zip(expected, found, strict=False) if a.is_floating_point()]
+    if len(expected) != len(found):
+        return False
+    largest = max(float(a.abs().max()) for a, _ in floats if a.numel())
+    for a, b in floats:
+        close = float(torch.finfo(a.dtype).eps) ** 0.5
+        if not torch.allclose(a, b, rtol=close, atol=close * largest, equal_nan=True):
+            return False
+    return True

@@ -1,0 +1,70 @@
+"""A stream of random numbers for each replica, so that none depends on how many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Streams:
+    """Random states of n replicas, each started as ``torch.manual_seed`` starts a training alone.
+
+    Args:
+        seeds: One whole number a replica.
+        device: Where the replicas compute. The generators of the processor and of this device are kept.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self.device = device
+        self.states: list[list[Tensor]] = []
+        for seed in seeds:
+            with self._apart():
+                torch.manual_seed(seed)
+                self.states.append(self._now())
+
+    @contextmanager
+    def of(self, i: int) -> Iterator[None]:
+        """Draw the numbers of replica ``i`` inside; outside all goes on as if nothing had been drawn."""
+        with self._apart():
+            self._set(self.states[i])
+            try:
+                yield
+            finally:
+                self.states[i] = self._now()
+
+    def kept(self, shape: torch.Size, p: float, like: Tensor) -> Tensor:
+        """Return what dropout multiplies each replica's tensor with, drawn from its stream."""
+        masks = []
+        for i in range(len(self.states)):
+            with self.of(i):
+                masks.append(like.new_empty(shape).bernoulli_(1 - p))
+        return torch.stack(masks).div_(1 - p)  # (n, *shape)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the random states; a resumed run draws on from them."""
+        return {f"{i}.{j}": state for i, states in enumerate(self.states) for j, state in enumerate(states)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back random states."""
+        for i, states in enumerate(self.states):
+            self.states[i] = [state[f"{i}.{j}"] for j in range(len(states))]
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        outside = self._now()
+        try:
+            yield
+        finally:
+            self._set(outside)
+
+    def _now(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
+        return [*states, torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else states
+
+    def _set(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.cuda.set_rng_state(states[1], self.device)
