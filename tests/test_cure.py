@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,6 +74,22 @@ def test_a_mistake_is_judged_by_its_own_start(is_mended: bool) -> None:
     if state.winner is not None:
         assert state.winner.treatments == ("zero-grad",)
         assert state.winner.is_mended
+
+
+def test_trials_of_a_run_that_was_cut_off_end_by_themselves() -> None:
+    """What came as far as the time limit allows is followed by trials of fewer steps, never by whole runs."""
+    asked: list[int] = []
+    inner = trials({("he-init",): 0.01})
+
+    def run(requests: Sequence[Request]) -> Iterator[Outcome]:
+        for request, outcome in zip(requests, inner(requests), strict=True):
+            asked.append(request.steps)
+            yield outcome if request.treatments or request.seed else replace(outcome, is_cut_off=True)
+
+    state = cure(run)
+    assert state.winner is not None
+    assert asked[0] == 0
+    assert all(0 < steps <= 0.6 * STEPS for steps in asked[1:])
 
 
 def test_a_healthy_run_needs_nothing() -> None:

@@ -25,6 +25,7 @@ FRESH_SEEDS = 3
 LEAST_GAIN = 0.1  # of the untreated loss; a smaller one is not worth a change
 LEAST_METRIC_GAIN = 0.02  # of the untreated level, for a metric that the user names
 SIGNIFICANCE = 0.05
+CUT_OFF_SHARE = 0.6  # of the steps within the time limit; treated steps may take longer, and a process has to start
 RUNG_SHARES = (1.5, 1.0)  # of one run's steps, spent on each rung of the halving
 
 
@@ -214,11 +215,13 @@ class _Search:
             state.notes.append(f"the untreated run: {untreated.error}")
         self.untreated = untreated
         self.length = state.length = untreated.steps
+        if untreated.is_cut_off:
+            self.length = state.length = max(int(CUT_OFF_SHARE * untreated.steps), 1)
         self.least = min(informative_steps(untreated), self.length)
         if self.score is loss_level and _overfits(state.findings) and math.isfinite(held_out_level(untreated, 0)):
             self.score, state.metric = held_out_level, "held-out loss"
         self.facts = facts_of(untreated.recording)
-        state.budget, state.used = int(budget * self.length), self.length
+        state.budget, state.used = int(budget * untreated.steps), untreated.steps
         state.baseline = (self.score(untreated, self.length),)
         self.told(state)
         if not state.is_needed or state.error:
@@ -310,7 +313,8 @@ class _Search:
 
     def _measure(self, runs: Sequence[tuple[Trial, int]], score: Metric) -> None:
         """Run trials on seeds, and note the levels they reach; an untreated run that fails is as bad as any."""
-        ends = {trial.steps: 0 if trial.steps >= self.length else trial.steps for trial, _ in runs}
+        is_whole = not self.untreated.is_cut_off  # else no trial may run to the end of the script
+        ends = {trial.steps: 0 if trial.steps >= self.length and is_whole else trial.steps for trial, _ in runs}
         requests = [Request(trial.treatments, ends[trial.steps], seed, self.facts) for trial, seed in runs]
         for (trial, seed), outcome in zip(runs, self.run(requests), strict=True):
             self.state.used += outcome.steps

@@ -18,13 +18,15 @@ PAST_FAILURE = 1.25  # times the steps until the loss of the untreated run was n
 class Outcome:
     """What came of one trial.
 
-    ``printed_at``: for each number of bytes printed, the last step that ended with so many: (step, bytes).
+    ``is_cut_off``: it was ended at the time limit. ``printed_at``: for each number of bytes printed, the last step that
+    ended with so many: (step, bytes).
     """
 
     recording: Recording | None
     output: bytes = b""
     error: str = ""
     printed_at: Sequence[tuple[int, int]] = ()
+    is_cut_off: bool = False
 
     @property
     def steps(self) -> int:

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .cure import Metric, Request
@@ -101,7 +101,9 @@ class Trials:
         shutil.rmtree(place, ignore_errors=True)
         spec.write()
         error = self._run(spec, place)
-        return self._unfinished(spec, error) if error else self._read(spec)
+        if not error:
+            return self._read(spec)
+        return replace(self._unfinished(spec, error), is_cut_off=error == self._too_long)
 
     def close(self) -> None:
         """End every process and start no other."""
@@ -148,12 +150,16 @@ class Trials:
         try:
             process.wait(self.timeout or None)
         except subprocess.TimeoutExpired:
-            return f"took longer than {self.timeout:g} s"
+            return self._too_long
         finally:
             end_group(process)
             self._running.discard(process)
             shutil.rmtree(spec.mirror, ignore_errors=True)
         return "" if spec.result.exists() else f"ended without a result{_status(process)}"
+
+    @property
+    def _too_long(self) -> str:
+        return f"took longer than {self.timeout:g} s"
 
     def _start(self, spec: Spec, place: Path) -> Process:
         """Start a trial: by forking where that is safe, else as a new process."""
