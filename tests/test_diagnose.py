@@ -55,6 +55,17 @@ def test_finished_learning_is_not_an_illness(kind: str, end: float) -> None:
     assert illnesses(trace) == [], kind
 
 
+def test_steps_that_change_nothing_are_not_small_steps() -> None:
+    """Gradients and a rate, but no change at all: nothing is trained. A rate of 1e-9 or 0 is another matter."""
+    still = {"update_ratio": 0.0, "grad_rms": 0.01, "weight_rms": 0.1, "delta_norm": 0.0}
+    in_place = make_trace(FLAT, measures=still, scalars={"lr": 0.1})
+    (found,) = [finding for finding in findings_of(in_place) if finding.severity == "critical"]
+    assert found.illness == "frozen-parameters"
+    assert found.treatments == ("zero-grad",)
+    assert "frozen-parameters" not in illnesses(make_trace(FLAT, measures=still, scalars={"lr": 1e-9}))
+    assert "frozen-parameters" not in illnesses(make_trace(FLAT, measures=still, scalars={"lr": 0.0}))
+
+
 SICK = {
     "missing-zero-grad": make_trace(FLAT, facts={"uncleared_steps": 399}),
     "broadcast-loss": make_trace(

@@ -558,3 +558,29 @@ def test_recurrences_of_rectifiers_start_as_the_identity(cell: nn.Module) -> Non
     with unvanish.treat(cell, None, "orthogonal-init"):
         (recurrent,) = (p for name, p in cell.named_parameters() if name.startswith("weight_hh"))
         assert torch.equal(recurrent, torch.eye(8))
+
+
+def test_zero_grad_gives_the_numbers_of_the_mended_loop() -> None:
+    """Cleared too early or never, with ``zero-grad`` ten steps are those of the mended loop; undone, they are not."""
+
+    def train(place: str, *treatments: str) -> list[float]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        x = torch.randn(16, 3)
+        with unvanish.treat(model, optimizer, *treatments):
+            for _ in range(10):
+                if place == "before":
+                    model.zero_grad()
+                loss = nn.functional.mse_loss(model(x), x[:, :1])
+                loss.backward()
+                if place == "between":
+                    optimizer.zero_grad()
+                optimizer.step()
+        assert "zero_grad" not in vars(model) | vars(optimizer)
+        return [p.sum().item() for p in model.parameters()]
+
+    mended = train("before")
+    for place in ("before", "between", "never"):
+        assert train(place, "zero-grad") == mended
+    assert train("between") != mended != train("never")

@@ -17,7 +17,7 @@ FOR_ILLNESS: Mapping[str, tuple[Combination, ...]] = {
     "missing-zero-grad": (("zero-grad",),),
     "output-loss-mismatch": (("logits-loss",),),
     "gradient-ascent": (("descend",),),
-    "frozen-parameters": (("add-to-optimizer",), ("unfreeze",)),
+    "frozen-parameters": (("add-to-optimizer",), ("unfreeze",), ("zero-grad",)),
     # A small batch is noisy, too: the rate that suits it is lower (Goyal et al. 2017).
     "batch-norm-small-batch": (("layer-norm",), ("layer-norm", "lower-lr=0.3"), ("layer-norm", "lower-lr=0.1")),
     "unscaled-inputs": (("standardise-inputs",), ("batch-norm",), ("standardise-inputs", "raise-lr=10")),

@@ -25,7 +25,7 @@ from .gradient_flow import (
 )
 from .progress import MIN_STEPS
 from .ranking import rank
-from .summary import layer_rows
+from .summary import layer_rows, notes
 from .updates import learning_rate_too_high, learning_rate_too_low, weights_collapsing, weights_exploding
 from .wiring import (
     batch_norm_small_batch,
@@ -95,7 +95,7 @@ def diagnose(recording: Recording, *, rules: Iterable[Rule] = DEFAULT_RULES) -> 
         findings = rank(finding for trace in recording.traces for rule in rules for finding in rule(trace))
         rows = layer_rows(recording, findings)
     run = {**recording.run, "steps": recording.steps}
-    return Findings(run, findings, rows, _verdict(recording, findings))
+    return Findings(run, findings, rows, _verdict(recording, findings), notes(recording))
 
 
 def _verdict(recording: Recording, findings: tuple[Finding, ...]) -> Verdict:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..records import Trace
+from ..records import Op, Trace
 
 MIN_STEPS = 20  # below it nothing can be said about progress
 
@@ -69,7 +69,7 @@ def progress(trace: Trace) -> Progress:
     levels = _levels(finite)
     start = float(np.median(finite[: max(3, min(10, len(finite) // 20))]))
     end, best = float(levels[-1]), float(levels.min())
-    constant = constant_answer_loss(trace) if _is_plain_mean(trace) else math.nan
+    constant = terms_of_one_mean(trace) * constant_answer_loss(trace)
     has_floor = constant > 0 and not _has_soft_targets(trace)
     baseline = constant if constant > 0 and start > 0.3 * constant else start
     known = baseline > 0 and finite.min() >= -1e-6 * abs(start)
@@ -113,14 +113,24 @@ _FUSED = frozenset(("MseLoss", "NllLoss", "NllLoss2D", "BinaryCrossEntropy", "Bi
 _MEAN_REDUCTION = 1  # torch's number for reduction="mean"
 
 
-def _is_plain_mean(trace: Trace) -> bool:
+def terms_of_one_mean(trace: Trace) -> float:
+    """Return of how many means over examples, each of one known term, the loss is the sum; nan if of others.
+
+    1 for an ordinary loss, the number of replicas for the sum of theirs.
+    """
+    paths = [path for path in trace.loss_paths if path]
+    replicas = max((layer.replicas for layer in trace.layers), default=0)
+    factor = 1.0
+    if replicas and all(len(path) > 2 and path[1].name == "Stack" for path in paths):
+        factor = float(replicas) if all(path[0].name == "Sum" for path in paths) else math.nan
+        paths = [path[2:] for path in paths]
+    if len({tuple(op.name for op in path[:2]) for path in paths}) != 1:
+        return math.nan
+    return factor if _is_plain_mean(paths[0]) else math.nan
+
+
+def _is_plain_mean(path: tuple[Op, ...]) -> bool:
     """Say whether the loss is the mean over examples of one known term."""
-    if not trace.loss_paths:
-        return False
-    first = {tuple(op.name for op in path[:2]) for path in trace.loss_paths}
-    if len(first) != 1:
-        return False
-    path = trace.loss_paths[0]
     if path[0].name in _FUSED:
         return bool(path[0].details.get("reduction", _MEAN_REDUCTION) == _MEAN_REDUCTION)
     return len(path) > 1 and path[0].name == "Mean" and path[1].name in ("Pow", "Mul", "BinaryCrossEntropy")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..records import Layer, Op, Trace
 
 START_SAMPLES = 3
+SHOWS = 1e-6  # of a weight; rounding in float32 hides steps of less than 6e-8
 
 
 def at_start(trace: Trace, measure: str) -> NDArray[np.float64]:
@@ -106,3 +107,15 @@ def median_of(values: NDArray[np.float64]) -> float:
     """Return the median of what is finite; nan if nothing is."""
     finite = values[np.isfinite(values)]
     return float(np.median(finite)) if len(finite) else math.nan
+
+
+def is_stepping_in_place(trace: Trace) -> bool:
+    """Say whether steps that are large enough to show in float32 change nothing at all."""
+    trained, lr = trained_layers(trace), median_of(trace.scalars["lr"])
+    updates, gradients, weights = (
+        trace.measures[name][:, trained].astype(np.float64) for name in ("update_ratio", "grad_rms", "weight_rms")
+    )
+    if len(trace.steps) < 5 or not np.isfinite(updates).any() or np.nanmax(updates) > 0:
+        return False
+    with np.errstate(all="ignore"):
+        return median_of(lr * gradients / weights) > SHOWS

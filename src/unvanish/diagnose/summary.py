@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..records import SEVERITIES, Finding, Recording, Trace
-from .reading import late, running_layers
+from .reading import late, median_of, running_layers
 
 _SHOWN = (
     "grad_rms",
@@ -58,4 +61,38 @@ def _rows_of(trace: Trace) -> dict[str, dict[str, Any]]:
             "is_optimised": layer.is_optimised,
             **{name: float(column[place]) for name, column in values.items()},
         }
+    for name, speeds in _speeds_of(trace).items():
+        if name in rows:
+            rows[name]["learning_speed"] = speeds
     return rows
+
+
+def _speeds_of(trace: Trace) -> dict[str, dict[str, float]]:
+    """Return how fast layers of coupled replicas learn, as medians over the second half of the pulls."""
+    if trace.speeds is None:
+        return {}
+    half = len(trace.speeds.steps) // 2
+    return {
+        name: {
+            measure: median_of(np.asarray(values[half:, place], dtype=np.float64))
+            for measure, values in trace.speeds.values.items()
+        }
+        for place, name in enumerate(trace.speeds.layers)
+    }
+
+
+def notes(recording: Recording) -> tuple[str, ...]:
+    """Say what the layers of stacked replicas show, and what they cannot show."""
+    found = []
+    for trace in recording.traces:
+        count = max((layer.replicas for layer in trace.layers), default=0)
+        if count:
+            seen: NDArray[np.bool_] = np.asarray(np.isfinite(trace.measures["delta_norm"]).any(axis=1))
+            flow = (
+                "activations and the flow of the gradient are those of the first"
+                if seen[1:].any()
+                else "activations and the flow of the gradient cannot be seen where all are computed at once"
+                + ("; they are those of the first step, when the ways to compute were compared" if seen.any() else "")
+            )
+            found.append(f"{count} replicas: gradients, weights and updates are those of all together; {flow}.")
+    return tuple(dict.fromkeys(found))

@@ -12,6 +12,7 @@ from ..records import Finding, Severity, Trace
 from .progress import progress
 from .reading import (
     at_start,
+    is_stepping_in_place,
     late,
     late_half,
     median_of,
@@ -75,7 +76,7 @@ def _against_start(trace: Trace, layers: list[int]) -> NDArray[np.float64]:
 def learning_rate_too_low(trace: Trace) -> Iterator[Finding]:
     """The weights hardly move although there is much left to learn."""
     learned, layers = progress(trace), _weights_layers(trace)
-    if not layers or not learned.is_judgeable or not learned.is_finite:
+    if not layers or not learned.is_judgeable or not learned.is_finite or is_stepping_in_place(trace):
         return
     ratios = np.array([median_of(row) for row in trace.measures["update_ratio"][:, layers].astype(float)])
     lr = trace.scalars["lr"]

@@ -11,7 +11,7 @@ import numpy as np
 from ..records import Finding, Layer, Op, Severity, Trace
 from .loss_graph import REGRESSION, range_of_output
 from .progress import Progress, class_count, pooled_target_std, progress
-from .reading import median_of, names, scalar, trained_layers
+from .reading import is_stepping_in_place, median_of, names, scalar, trained_layers
 
 UNCLEARED_SHARE = 0.5  # deliberate accumulation clears after each step; half the steps is no accident
 SMALL_NORM = 4  # sqrt(2 / (n - 1)) = 0.8: the variance estimate is off by its own size
@@ -57,6 +57,21 @@ def frozen_parameters(trace: Trace) -> Iterator[Finding]:
         severity: Severity = "critical" if learned.is_poor else "warning"
         reason = "requires_grad is off for weights that were never learnt: they are still random."
         yield _frozen(trace, frozen, severity, reason, ("unfreeze",))
+    if is_stepping_in_place(trace):
+        yield Finding(
+            "frozen-parameters",
+            "critical",
+            "The optimiser steps, but no weight changes although each layer got a gradient: the gradients are cleared "
+            "between backward() and step(), or lie elsewhere than the optimiser looks.",
+            "exact: gradients after backward(), weights before and after step()",
+            layers=names(trace, trained_layers(trace)),
+            evidence={
+                "lr": median_of(trace.scalars["lr"]),
+                "grad_rms": median_of(trace.measures["grad_rms"][:, trained_layers(trace)]),
+            },
+            treatments=("zero-grad",),
+        )
+        return
     stuck = _stuck(trace)
     if stuck and not unowned and not frozen:
         reason = "The optimiser holds them, but no gradient ever reaches them: something detaches the graph."

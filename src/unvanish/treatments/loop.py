@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,22 +18,51 @@ from .treatment import Patient, Steps, Treatment, around_forward, group_of, owne
 
 
 def zero_grad() -> Treatment:
-    """Clear the gradients after each step."""
+    """Clear the gradients after each step, and at no other time: wherever the loop does it, or does not.
+
+    Example:
+        >>> import unvanish
+        >>> model = nn.Linear(1, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        >>> before = model.bias.item()
+        >>> with unvanish.treat(model, optimizer, "zero-grad"):
+        ...     model(torch.ones(1, 1)).sum().backward()
+        ...     optimizer.zero_grad()  # too early
+        ...     optimizer.step()
+        >>> round(before - model.bias.item(), 6)
+        1.0
+    """
 
     def apply(patient: Patient) -> Steps:
-        def after(owner: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            owner.zero_grad(set_to_none=True)
+        optimizers = patient.need_optimizer("zero-grad")
+        clear = [type(optimizer).zero_grad for optimizer in optimizers]
 
-        handles = [o.register_step_post_hook(after) for o in patient.need_optimizer("zero-grad")]
-        try:
+        def after(owner: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            clear[optimizers.index(owner)](owner, set_to_none=True)
+
+        with ExitStack() as stack:
+            for optimizer in optimizers:
+                stack.callback(optimizer.register_step_post_hook(after).remove)
+            for owner in (patient.model, *optimizers):
+                stack.enter_context(_without(owner, "zero_grad"))
             yield Change("zero-grad", "gradients are cleared after each step", preserves_function=True)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     return Treatment(
         "zero-grad", apply, preserves_function=True, code="optimizer.zero_grad()  # before loss.backward()"
     )
+
+
+@contextmanager
+def _without(owner: Any, name: str) -> Iterator[None]:
+    """Let a method of one object do nothing."""
+    kept = vars(owner).get(name)
+    object.__setattr__(owner, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        object.__delattr__(owner, name)
+        if kept is not None:
+            object.__setattr__(owner, name, kept)
 
 
 def descend() -> Treatment:
