@@ -11,9 +11,9 @@ import pytest
 import unvanish
 
 FACE = """
-    DEFAULT_RULES Finding Findings Layer LayerError OptionError RecordError Recording Run TargetError Trace
-    TreatmentError UnvanishError __version__ Changes Coupling Replicas check diagnose freeze_to read_recording thaw
-    treat watch without
+    DEFAULT_RULES EarlyStopping Finding Findings Layer LayerError OptionError RecordError Recording Run
+    StaleCacheError TargetError Trace TreatmentError UnvanishError __version__ Changes Coupling Replicas
+    cache_features check diagnose freeze_to read_recording thaw treat watch without
 """.split()
 
 

@@ -110,7 +110,7 @@ class Siamese(nn.Module):
         self.head = nn.Bilinear(6, 6, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.trunk(x), self.trunk(x.flip(0)))
+        return self.head(self.trunk(x), self.trunk(x.flip(1)))
 
 
 def transformer(name: str, **sizes: Any) -> Callable[[], nn.Module]:

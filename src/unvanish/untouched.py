@@ -24,7 +24,7 @@ def untouched(*models: nn.Module) -> Iterator[None]:
     """
     modules = list(dict.fromkeys(module for model in models for module in model.modules()))
     with ExitStack() as undo:
-        undo.enter_context(_same_random_state(models))
+        undo.enter_context(same_random_state(models))
         for module in modules:
             undo.callback(_restore_module(module))
         for parameter in dict.fromkeys(p for module in modules for p in module.parameters(recurse=False)):
@@ -75,7 +75,7 @@ def _hooks(parameter: nn.Parameter) -> dict[Any, Any]:
 
 
 @contextmanager
-def _same_random_state(models: Sequence[nn.Module]) -> Iterator[None]:
+def same_random_state(models: Sequence[nn.Module]) -> Iterator[None]:
     """Restore the generators of torch, Python and numpy on leaving."""
     tensors: list[Tensor] = [p for model in models for p in model.parameters()]
     devices = sorted({p.device.index or 0 for p in tensors if p.device.type == "cuda"})

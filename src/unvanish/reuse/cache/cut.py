@@ -1,0 +1,361 @@
+"""Find where the frozen part of a model ends, and run what is below and what is above on its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from ...errors import OptionError
+from ...untouched import same_random_state, untouched
+from .flow import RANDOM, Flow
+
+_LEARNS = "(a parameter that learns)"
+
+Place = tuple[int, int]  # which frozen call (0: the inputs of the model), which of its outputs
+
+
+@dataclass(frozen=True)
+class Source:
+    """One call of a frozen module, or the inputs of the model: what came out when the cut was found.
+
+    Args:
+        name: Of the module.
+        module: None for the inputs.
+        turn: Which call of this module it was.
+        leaves: Outputs; tensors without their data.
+        spec: How they were nested.
+    """
+
+    name: str
+    module: nn.Module | None
+    turn: int
+    leaves: tuple[Any, ...]
+    spec: TreeSpec
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where the frozen part of a model hands over to the rest.
+
+    Args:
+        model: The whole model.
+        sources: The inputs, then each outermost call of a frozen module in the order of execution.
+        needed: Which of their outputs reach the rest.
+        tensors: Names of the parameters and buffers that these outputs depend on.
+        rows: Rows of the batch that it was found with.
+    """
+
+    model: nn.Module
+    sources: tuple[Source, ...]
+    needed: tuple[Place, ...]
+    tensors: tuple[str, ...]
+    rows: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of what is handed over."""
+        return tuple(self.sources[number].name or ("(model)" if number else "(inputs)") for number, _ in self.needed)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the frozen modules that are left out above the cut, by name."""
+        return {source.name: source.module for source in self.sources if source.module is not None}
+
+    @torch.no_grad()
+    def features(self, inputs: Any, *, as_is: bool = False) -> tuple[Tensor, ...]:
+        """Compute what the frozen part hands over, and nothing above it; in evaluation mode, or in the modes as is."""
+        found: dict[Place, Tensor] = {}
+
+        def collect(number: int, forward: Callable[[], Any]) -> Any:
+            output = forward()
+            leaves = tree_flatten(output)[0]
+            # a later module may work in place on what is collected here
+            found.update({place: leaves[place[1]].clone() for place in self.needed if place[0] == number})
+            if number == self.needed[-1][0]:
+                raise _Enough
+            return output
+
+        given = tree_flatten(inputs)[0]
+        found.update({place: given[place[1]].clone() for place in self.needed if place[0] == 0})
+        mode = nullcontext() if as_is else _in_evaluation(self.model)
+        with mode, self._intercepted(collect), suppress(_Enough):
+            call(self.model, inputs)
+        return tuple(found[place] for place in self.needed)
+
+    def rest(self, features: tuple[Tensor, ...], *, placeholder: str | None) -> Any:
+        """Compute the output of the model from what the frozen part has handed over."""
+        rows = features[0].shape[0]
+        given = dict(zip(self.needed, features, strict=True))
+
+        def stand_in(number: int, forward: Callable[[], Any] | None = None) -> Any:
+            source = self.sources[number]
+            leaves = [
+                given[number, place] if (number, place) in given else self._blank(leaf, rows, placeholder)
+                for place, leaf in enumerate(source.leaves)
+            ]
+            return tree_unflatten(leaves, source.spec)
+
+        with self._intercepted(stand_in):
+            return call(self.model, stand_in(0))
+
+    def _blank(self, leaf: Any, rows: int, placeholder: str | None) -> Any:
+        """Return a tensor of the right kind that nobody looks into."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        shape = list(leaf.shape)
+        if shape and shape[0] == self.rows:
+            shape[0] = rows
+        device = placeholder or _device(self.model)
+        return torch.zeros((), dtype=leaf.dtype, device=device).expand(shape)
+
+    @contextmanager
+    def _intercepted(self, act: Callable[[int, Callable[[], Any]], Any]) -> Iterator[None]:
+        """Let ``act`` decide what each outermost frozen call returns."""
+        planned = {(s.module, s.turn): number for number, s in enumerate(self.sources) if s.module is not None}
+        turns: Counter[nn.Module] = Counter()
+        inside = False
+
+        def around(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            if inside:
+                return forward(*args, **kwargs)
+            number = planned.get((module, turns[module]))
+            turns[module] += 1
+            if number is None:
+                return forward(*args, **kwargs)
+            inside = True
+            try:
+                return act(number, partial(forward, *args, **kwargs))
+            finally:
+                inside = False
+
+        with _replaced_forward(self.modules.values(), around):
+            yield
+
+
+class _Enough(BaseException):
+    """Ends a forward pass that has given what was wanted: there is no other way out of someone else's forward."""
+
+
+@dataclass
+class _Called:
+    """One call of a module, and the calls inside of it."""
+
+    module: nn.Module
+    name: str
+    inner: list[_Called] = field(default_factory=list)
+    output: Any = None
+    marks: frozenset[Any] = frozenset()
+    leaf_marks: tuple[frozenset[Any], ...] = ()
+
+
+def find_cut(model: nn.Module, inputs: Any) -> Cut:
+    """Find the outputs of frozen layers that the rest of a model needs.
+
+    One forward pass is watched operation by operation. A call of a module is frozen if no parameter that learns and no
+    random number reaches its output. Then, in a second pass, the outputs of the outermost frozen calls are followed to
+    the output of the model: those that arrive are what the rest needs; with skips over the border there are several,
+    and the inputs of the model can be among them.
+
+    Args:
+        model: Some layers are frozen.
+        inputs: A batch of at least two rows, as the model takes it: a tensor, a tuple or dict of arguments.
+
+    Raises:
+        OptionError: if nothing is frozen, or what the rest needs does not have one row for each row of the inputs.
+
+    Source: Ours. Frozen calls are found by following the data and not by the order of registration, so skips,
+    branches, shared modules and code outside of modules count.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 4).requires_grad_(False), nn.ReLU(), nn.Linear(4, 2))
+        >>> find_cut(model, torch.zeros(2, 3)).names
+        ('1',)
+    """
+    rows = _rows(inputs)
+    constant: set[tuple[nn.Module, int]] = set()
+    with untouched(model), torch.no_grad():
+        tree, state = _watch(model, inputs)
+        while True:
+            sources, depends = _sources(tree, inputs, constant)
+            if not any(p is not None for s in sources if s.module for p in s.module.parameters()):
+                _refuse_unfrozen(model, tree)
+            cut = Cut(model, tuple(sources), (), (), rows)
+            with same_random_state([model]):
+                needed = _needed(cut, inputs)
+            without_rows = [
+                sources[number] for number, leaf in needed if sources[number].leaves[leaf].shape[:1] != (rows,)
+            ]
+            # such as the angles of rotary positions, which are computed anew above the cut
+            again = {
+                (s.module, s.turn) for s in without_rows if s.module and not any(True for _ in s.module.parameters())
+            }
+            if not again:
+                break
+            constant |= again
+    if without_rows or not needed:
+        found = f"output {without_rows[0].name!r} without them" if without_rows else "no output of a frozen layer used"
+        raise OptionError(
+            f"cache_features(): the frozen part of {type(model).__name__}: found {found}, expected outputs with one "
+            "row for each row of the batch. Nothing was written. Cut at another layer with freeze_to(model, n)."
+        )
+    reached = {mark for place in needed for mark in depends.get(place, ())}
+    tensors = sorted(mark for mark in reached if isinstance(mark, str) and mark in state)
+    return Cut(model, tuple(sources), tuple(needed), tuple(tensors), rows)
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Call a model on a tensor, or on a tuple or dict of arguments."""
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
+def _watch(model: nn.Module, inputs: Any) -> tuple[_Called, set[str]]:
+    """Run a forward pass, and return the tree of its calls with the marks of their outputs, and all names."""
+    flow = Flow()
+    names = {module: name for name, module in model.named_modules()}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        flow.mark(tensor, {name, _LEARNS} if tensor.requires_grad else {name})
+    top = _Called(model, "")
+    stack = [top]
+
+    def around(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        called = _Called(module, names[module])
+        stack[-1].inner.append(called)
+        stack.append(called)
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            stack.pop()
+        called.output = output
+        called.leaf_marks = tuple(flow.marks(leaf) for leaf in tree_flatten(output)[0])
+        called.marks = frozenset().union(*called.leaf_marks)
+        return output
+
+    with _replaced_forward(list(names), around), flow:
+        call(model, inputs)
+    return top, set(tensors)
+
+
+def _sources(
+    tree: _Called, inputs: Any, constant: set[tuple[nn.Module, int]]
+) -> tuple[list[Source], dict[Place, frozenset[Any]]]:
+    """Return the outermost frozen calls in order, and the marks of their outputs."""
+    leaves, spec = tree_flatten(inputs)
+    sources = [Source("", None, 0, _without_data(leaves), spec)]
+    depends: dict[Place, frozenset[Any]] = {}
+    turns: Counter[nn.Module] = Counter()
+
+    def visit(called: _Called) -> None:
+        turn = turns[called.module]
+        turns[called.module] += 1
+        outputs, spec = tree_flatten(called.output)
+        holds_tensor = any(isinstance(leaf, Tensor) for leaf in outputs)
+        if holds_tensor and not called.marks & {_LEARNS, RANDOM} and (called.module, turn) not in constant:
+            for place, marks in enumerate(called.leaf_marks):
+                depends[len(sources), place] = marks
+            sources.append(Source(called.name, called.module, turn, _without_data(outputs), spec))
+            return
+        for inner in called.inner:
+            visit(inner)
+
+    for called in tree.inner:
+        visit(called)
+    # turns of modules that are called inside of frozen calls are never counted, here as in `_intercepted`
+    return sources, depends
+
+
+def _needed(cut: Cut, inputs: Any) -> list[Place]:
+    """Follow the outputs of frozen calls, and the inputs, to the output of the model."""
+    flow = Flow()
+
+    def marked(number: int, leaves: list[Any]) -> list[Any]:
+        clones = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        for place, clone in enumerate(clones):
+            if isinstance(clone, Tensor):
+                flow.mark(clone, {(number, place)})
+        return clones
+
+    def follow(number: int, forward: Callable[[], Any]) -> Any:
+        leaves, spec = tree_flatten(forward())
+        return tree_unflatten(marked(number, leaves), spec)
+
+    leaves, spec = tree_flatten(inputs)
+    with cut._intercepted(follow), flow:
+        output = call(cut.model, tree_unflatten(marked(0, leaves), spec))
+    return sorted(mark for mark in flow.marks(output) | flow.leaked if isinstance(mark, tuple))
+
+
+def _refuse_unfrozen(model: nn.Module, tree: _Called) -> None:
+    """Say why no layer counts as frozen.
+
+    Raises:
+        OptionError: always.
+    """
+
+    def walk(called: _Called) -> Iterator[_Called]:
+        yield called
+        for inner in called.inner:
+            yield from walk(inner)
+
+    random = [c.name for c in walk(tree) if RANDOM in c.marks and not c.inner]
+    if random and any(not p.requires_grad for p in model.parameters()):
+        raise OptionError(
+            f"cache_features(): layer {random[0]!r}: found random numbers below every frozen layer, expected an output "
+            "that can be computed once. Nothing was written. Move it behind the frozen part or out of the model."
+        )
+    raise OptionError(
+        f"cache_features(): model: found no frozen layer at the input of {type(model).__name__}, expected one that "
+        "training leaves as it is. Nothing was written. Call unvanish.freeze_to(model, -1) first."
+    )
+
+
+def _without_data(leaves: list[Any]) -> tuple[Any, ...]:
+    return tuple(leaf.to("meta") if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+
+
+def _rows(inputs: Any) -> int:
+    return next(int(leaf.shape[0]) for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def _replaced_forward(modules: Any, around: Callable[..., Any]) -> Iterator[None]:
+    """Call ``around(module, forward, ...)`` in place of the forward of each module; the old ones come back."""
+    missing = object()
+    kept = [(module, module.__dict__.get("forward", missing)) for module in dict.fromkeys(modules)]
+    try:
+        for module, _ in kept:
+            module.__dict__["forward"] = partial(around, module, module.forward)
+        yield
+    finally:
+        for module, forward in kept:
+            if forward is missing:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
+
+
+@contextmanager
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
