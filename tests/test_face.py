@@ -12,8 +12,8 @@ import unvanish
 
 FACE = """
     DEFAULT_RULES EarlyStopping Finding Findings Layer LayerError OptionError RecordError Recording Run
-    StaleCacheError TargetError Trace TreatmentError UnvanishError __version__ Changes Coupling Replicas
-    cache_features check diagnose freeze_to read_recording thaw treat watch without
+    StaleCacheError TargetError Trace TreatmentError UnvanishError WeightsError __version__ Changes Coupling Replicas
+    cache_features check diagnose freeze_to load_weights read_recording thaw treat watch without
 """.split()
 
 

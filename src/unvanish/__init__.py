@@ -21,6 +21,7 @@ from .errors import StaleCacheError as StaleCacheError
 from .errors import TargetError as TargetError
 from .errors import TreatmentError as TreatmentError
 from .errors import UnvanishError as UnvanishError
+from .errors import WeightsError as WeightsError
 from .records import Finding as Finding
 from .records import Findings as Findings
 from .records import Layer as Layer
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .reuse.cache import cache_features as cache_features
     from .reuse.freeze import freeze_to as freeze_to
     from .reuse.freeze import thaw as thaw
+    from .reuse.weights import load_weights as load_weights
     from .session import Run as Run
     from .session import watch as watch
     from .treat import Changes as Changes
@@ -54,6 +56,7 @@ _NEEDS_TORCH = {
     "cache_features": "reuse.cache",
     "freeze_to": "reuse.freeze",
     "thaw": "reuse.freeze",
+    "load_weights": "reuse.weights",
 }
 
 __all__ = [
@@ -75,11 +78,13 @@ __all__ = [
     "Trace",
     "TreatmentError",
     "UnvanishError",
+    "WeightsError",
     "__version__",
     "cache_features",
     "check",
     "diagnose",
     "freeze_to",
+    "load_weights",
     "read_recording",
     "thaw",
     "treat",
