@@ -98,10 +98,11 @@ def compare(
     _check_counts(n=n, steps=steps, batch=batch, seeds=seeds, tuning_seeds=tuning_seeds)
     _check_choices(rates, held_out)
     methods = _check_methods(methods)
-    _check_make_model(make_model)
-    train, test = _as_function(train_data, "train_data"), _as_function(test_data, "test_data")
-    is_classes = not _check_data(train(seed), "train_data")[1].is_floating_point()
-    _check_data(test(seed), "test_data")
+    train, test = _as_function(train_data), _as_function(test_data)
+    with torch.random.fork_rng():
+        _check_make_model(make_model)
+        _check_data(test(seed), "test_data")
+        is_classes = not _check_data(train(seed), "train_data")[1].is_floating_point()
     read = read or (_softmax if is_classes else _itself)
     score = score or (accuracy_percent if is_classes else explained_percent)
     setting = _Setting(make_model, loss_fn, train, test, n, steps, batch, held_out, optimizer or _momentum, read, score)
@@ -284,8 +285,7 @@ def _check_make_model(make_model: Any) -> None:
     if isinstance(make_model, nn.Module) or not callable(make_model):
         found = type(make_model).__name__
     else:
-        with torch.random.fork_rng():
-            made = make_model()
+        made = make_model()
         if isinstance(made, nn.Module):
             return
         found = f"a function that returns {type(made).__name__}"
@@ -295,11 +295,8 @@ def _check_make_model(make_model: Any) -> None:
     )
 
 
-def _as_function(data: Data | MakeData, name: str) -> MakeData:
-    if callable(data):
-        return data
-    _check_data(data, name)
-    return lambda seed: data
+def _as_function(data: Data | MakeData) -> MakeData:
+    return data if callable(data) else lambda seed: data
 
 
 def _check_data(data: Any, name: str) -> Data:
