@@ -42,7 +42,7 @@ def tasks(folder: Path | None, device: str = "cpu") -> dict[str, Task]:
         "digits-few": Task("digits, 200 rows", _digits(200, 0.0), _perceptron(64, 10)),
         "cancer": Task(
             "breast cancer, 80 rows, 10 % wrong labels", _cancer, _perceptron(30, 2),
-            batch=16, tuning_seeds=6, rates=(0.03, 0.01, 0.003, 0.001),
+            batch=16, rates=(0.03, 0.01, 0.003, 0.001),
         ),
         "teacher": Task("classes of a random network, 600 rows", _teacher, _perceptron(20, 4)),
     }  # fmt: skip
