@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from overhead import circumstances
 
-from unvanish.replicas.committee import local_energy, random_patterns, train_committee
+from unvanish.replicas.committee import flip_energy, random_patterns, train_committee
 from unvanish.replicas.kicks import additive
 
 METHODS = ("coupled", "uncoupled", "single")
@@ -49,7 +49,7 @@ def measure(method: str, seed: int, chosen: argparse.Namespace) -> dict[str, Any
         seed=seed,
     )
     seconds = time.process_time() - start
-    energy = local_energy(found.weights, patterns, FLIPPED) if found.is_solved else None
+    energy = flip_energy(found.weights, patterns, FLIPPED) if found.is_solved else None
     return {
         **circumstances_of_run(method, seed, chosen),
         "solved": found.is_solved,

@@ -17,7 +17,7 @@ from unvanish.replicas.committee import (
     Patterns,
     _best_of,
     correct,
-    local_energy,
+    flip_energy,
     random_patterns,
     train_committee,
     units_to_correct,
@@ -185,7 +185,7 @@ def test_the_local_energy_has_known_ends(seed: int, share: float) -> None:
     patterns = random_patterns(0.5, inputs=21, units=3, seed=seed)
     weights = torch.randn(3, 21, generator=torch.Generator().manual_seed(seed)).sign()
     own = int(wrong_patterns(weights[None], patterns)) / len(patterns.labels)
-    found = local_energy(weights, patterns, share, draws=5)
+    found = flip_energy(weights, patterns, share, draws=5)
     expected = {0.0: own, 1.0: 1 - own}.get(share, found)
     assert math.isclose(found, expected)
     assert 0 <= found <= 1
@@ -199,7 +199,7 @@ def test_the_local_energy_flips_what_it_says() -> None:
     weights = torch.ones(1, 3)
     patterns = Patterns(torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, -1.0]]), torch.ones(2))
     # the second pattern sums up to 1; flipping weight 0 or 1 makes it -1: wrong in two of three draws
-    assert local_energy(weights, patterns, 1 / 3, draws=20000) == pytest.approx(1 / 3, abs=0.01)
+    assert flip_energy(weights, patterns, 1 / 3, draws=20000) == pytest.approx(1 / 3, abs=0.01)
 
 
 def test_random_patterns_are_signs_as_many_as_asked() -> None:
@@ -226,7 +226,7 @@ def test_random_patterns_are_signs_as_many_as_asked() -> None:
         (lambda: train_committee(random_patterns(0.5, 11), gamma=lambda _: 0.0), r"gamma: found 0.0, expected a numb"),
         (lambda: train_committee(Patterns(torch.ones(3, 4), torch.ones(3))), r"shape\[1\]: found 4, expected an odd"),
         (lambda: train_committee(Patterns(torch.zeros(3, 5), torch.ones(3))), r"patterns: found other numbers than"),
-        (lambda: local_energy(torch.ones(1, 3), random_patterns(0.5, 3, 1), 2.0), r"share: found 2.0, expected a numb"),
+        (lambda: flip_energy(torch.ones(1, 3), random_patterns(0.5, 3, 1), 2.0), r"share: found 2.0, expected a numb"),
     ],
 )
 def test_wrong_calls_are_refused(make: Callable[[], object], words: str) -> None:

@@ -6,7 +6,7 @@ from .binary import BinaryConv2d as BinaryConv2d
 from .binary import BinaryLinear as BinaryLinear
 from .binary import clip_latent_ as clip_latent_
 from .committee import Patterns as Patterns
-from .committee import local_energy as local_energy
+from .committee import flip_energy as flip_energy
 from .committee import random_patterns as random_patterns
 from .committee import train_committee as train_committee
 from .compare import compare as compare
@@ -36,8 +36,8 @@ __all__ = [
     "compare",
     "coupled",
     "exponential",
+    "flip_energy",
     "kick",
-    "local_energy",
     "random_patterns",
     "train_committee",
 ]

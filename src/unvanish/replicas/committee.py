@@ -192,11 +192,11 @@ def wrong_patterns(weights: Tensor, patterns: Patterns) -> Tensor:
     return (votes * patterns.labels < 0).sum(1)  # (committees,)
 
 
-def local_energy(weights: Tensor, patterns: Patterns, share: float, *, draws: int = 100, seed: int = 0) -> float:
+def flip_energy(weights: Tensor, patterns: Patterns, share: float, *, draws: int = 100, seed: int = 0) -> float:
     """Return the share of patterns that a committee gets wrong when some of its weights change their sign.
 
-    The mean over draws, in each of which ``share`` of the weights, drawn anew, are flipped. It is small in a wide
-    cluster of solutions.
+    The local energy of discrete weights: the mean over draws, in each of which ``share`` of the weights, drawn anew,
+    are flipped. It is small in a wide cluster of solutions.
 
     Args:
         weights: (units, inputs), of -1 and 1.
@@ -209,7 +209,7 @@ def local_energy(weights: Tensor, patterns: Patterns, share: float, *, draws: in
         OptionError: if ``share`` is not from 0 to 1.
     """
     if not 0 <= share <= 1:
-        raise OptionError(f"local_energy(): share: found {share!r}, expected a number from 0 to 1. Write share=0.005.")
+        raise OptionError(f"flip_energy(): share: found {share!r}, expected a number from 0 to 1. Write share=0.005.")
     generator = torch.Generator().manual_seed(seed)
     flips = round(share * weights.numel())
     where = torch.rand(draws, weights.numel(), generator=generator).argsort(1)[:, :flips].to(weights.device)
