@@ -128,7 +128,7 @@ class Capture:
         if isinstance(model, nn.modules.loss._Loss):
             self.held_out.meet(model)
             return
-        if next(model.parameters(), None) is None:
+        if next(model.parameters(), None) is None or _is_on_loan(model):
             return
         if self.roster.models and not any(model is m or self.roster.knows(model) for m in self.roster.models):
             return
@@ -319,6 +319,11 @@ def _remove(handles: list[Any]) -> None:
 
 def _is_compiled(module: nn.Module) -> bool:
     return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+
+
+def _is_on_loan(model: nn.Module) -> bool:
+    """Say whether the model computes with tensors lent for this call; its optimiser's step shows its own."""
+    return not all(isinstance(p, nn.Parameter) for p in model.parameters())
 
 
 def _is_transformed() -> bool:

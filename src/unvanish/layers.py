@@ -30,6 +30,40 @@ def is_layer(module: nn.Module) -> bool:
     return any(parameter is not None for parameter in module._parameters.values())
 
 
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """Yield name, module, and of how many replicas its parameters are stacked (0: it is an ordinary module).
+
+    Replicas hold their stack in a child, of which the name says nothing to the user: it is left out.
+    """
+    holders = {name: count for name, module in model.named_modules() if (count := replica_count(module))}
+    stems = {f"{name}.stacked".lstrip("."): name for name in holders}
+    for full, module in model.named_modules():
+        stem = next((stem for stem in stems if f"{full}.".startswith(f"{stem}.")), None)
+        if stem is None:
+            yield full, module, 0
+        else:
+            yield (stems[stem] + full[len(stem) :]).lstrip("."), module, holders[stems[stem]]
+
+
+def replica_count(module: nn.Module) -> int:
+    """Return of how many replicas a module holds the stack; 0 if it holds none.
+
+    Known by its form, n and a child whose parameters all have a first axis of n: `Replicas` stands above this module.
+    """
+    stacked = module._modules.get("stacked")
+    count = 0 if stacked is None else getattr(module, "n", 0)
+    is_stack = stacked is not None and all(p.shape[:1] == (count,) for p in stacked.parameters())
+    return count if is_stack and isinstance(count, int) else 0
+
+
+def first_replica(layer: nn.Module) -> nn.Module:
+    """Return a stacked layer as its first replica is: the same, with parameters that lack the axis of replicas."""
+    plain: nn.Module = object.__new__(type(layer))
+    first = {name: nn.Parameter(p.detach()[0], p.requires_grad) for name, p in own_parameters(layer)}
+    plain.__dict__ = {**layer.__dict__, "_parameters": {**layer._parameters, **first}}
+    return plain
+
+
 def is_normalisation(module: nn.Module) -> bool:
     """Say whether ``module`` normalises; its input scale cannot hurt and its weights are gains."""
     return isinstance(module, _NORMS) or type(module).__name__.endswith(("Norm", "Norm1d", "Norm2d"))

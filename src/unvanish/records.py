@@ -68,6 +68,16 @@ SCALARS: tuple[str, ...] = (
 )
 
 
+# One column per measure of how coupled replicas learn, one row per measured pull; a way is that from the pull before.
+SPEEDS: tuple[str, ...] = (
+    "step_ratio",  # way by the optimiser over norm of the weights, all replicas together
+    "pull_ratio",  # way by the pull over norm of the weights, all replicas together
+    "centre_ratio",  # way of the mean of the replicas over its norm: what is learnt together
+    "pull_alignment",  # cosine between the way by the optimiser and the way by the pull
+    "spread_ratio",  # root mean square distance of the replicas to their mean, over its norm
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """The facts of one layer that do not change from step to step."""
@@ -90,6 +100,7 @@ class Layer:
     path_depth: int = 0  # parametric layers between here and the loss, along the gradient
     recurrent_radius: float = 0.0  # spectral radius of a plain RNN's recurrent weight
     sequence: int = 0  # time steps a recurrent layer was unrolled over
+    replicas: int = 0  # of which the parameters are stacked; the facts are those of one; 0 = an ordinary layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +123,21 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Speeds:
+    """How fast each layer of coupled replicas learns, and by what.
+
+    Args:
+        layers: Names of L layers.
+        steps: (S,) how many steps had been done at each measured pull.
+        values: For every name in `SPEEDS` a (S, L) array.
+    """
+
+    layers: tuple[str, ...]
+    steps: NDArray[np.int64]
+    values: Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
 class Trace:
     """What one optimiser's training looked like.
 
@@ -127,6 +153,7 @@ class Trace:
         events: First occurrences, by step.
         total_steps: How many steps the optimiser took.
         facts: Further plain facts of the run (optimiser settings, skipped steps, ...).
+        speeds: Of coupled replicas, if a coupling was watched.
     """
 
     name: str
@@ -140,6 +167,7 @@ class Trace:
     events: tuple[Event, ...] = ()
     total_steps: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
+    speeds: Speeds | None = None
 
     def layer(self, name: str) -> Layer:
         """Return the layer of that name; KeyError if there is none."""

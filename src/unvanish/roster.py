@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from .layers import (
     clean_name,
     fan,
+    first_replica,
     has_equal_units,
     is_batch_norm,
     is_layer,
     is_normalisation,
     looks_fresh,
+    named_modules,
     own_parameters,
     recurrent_radius,
     unregistered_name,
@@ -53,6 +55,7 @@ class Member:
     started_equal: bool = False
     updates: int = 0
     unit_dim: int = -1  # the dimension of the output that runs over units
+    replicas: int = 0  # of which the parameters are stacked
     twin: int = -1  # the layer that shares all its parameters and was met before; -1 = none
     parameters: frozenset[int] = field(default_factory=frozenset)  # ids
 
@@ -60,6 +63,12 @@ class Member:
     def module(self) -> nn.Module | None:
         """The module, as long as the training holds it."""
         return self.reference()
+
+    @property
+    def plain(self) -> nn.Module | None:
+        """The module, or what it is to its first replica if it is stacked."""
+        module = self.reference()
+        return first_replica(module) if module is not None and self.replicas else module
 
     @property
     def is_trainable(self) -> bool:
@@ -116,13 +125,13 @@ class Roster:
             prefix = f"{label}-{same + 1}." if same else f"{label}."
         self._roots[label] += 1
         new = []
-        for name, module in model.named_modules():
+        for name, module, replicas in named_modules(model):
             full = clean_name(prefix + name) if name else prefix.rstrip(".")
             if module not in self.names:
                 self.names[module] = full
                 self._root_of[module] = number
                 if is_layer(module):
-                    new += self._add(module, full or type(module).__name__, number)
+                    new += self._add(module, full or type(module).__name__, number, replicas=replicas)
         return new
 
     def adopt(self, module: nn.Module, owners: Sequence[nn.Module]) -> list[Member]:
@@ -135,17 +144,19 @@ class Roster:
         self._root_of[module] = root
         return self._add(module, name, root, is_registered=False) if is_layer(module) else []
 
-    def _add(self, module: nn.Module, name: str, root: int, *, is_registered: bool = True) -> list[Member]:
+    def _add(
+        self, module: nn.Module, name: str, root: int, *, is_registered: bool = True, replicas: int = 0
+    ) -> list[Member]:
         if len(self.members) == MAX_LAYERS:
             self.left_out += 1
             return []
         while name in self.by_name:
             name += "'"
-        member = Member(weakref.ref(module), name, len(self.members), root, is_registered)
+        member = Member(weakref.ref(module), name, len(self.members), root, is_registered, replicas=replicas)
         member.reference = weakref.ref(module, lambda _: self._note_gone(member))
         member.unit_dim = 1 if isinstance(module, _CHANNELS_FIRST) else -1
         member.parameters = frozenset(id(p) for _, p in own_parameters(module))
-        member.started_equal = _quietly(has_equal_units, module)
+        member.started_equal = _quietly(has_equal_units, member.plain or module)
         self.members.append(member)
         self.by_name[name] = member
         self._by_module[module] = member
@@ -193,12 +204,17 @@ class Roster:
             elsewhere: Ids of the parameters of the run's other optimisers.
         """
         return tuple(
-            self._facts(member, module, owned, elsewhere)
-            if (module := member.module) is not None
+            self._facts(member, plain, owned, elsewhere)
+            if (plain := member.plain) is not None
             else replace(known[place], path_depth=member.path_depth, activation=member.activation)
             for place, member in enumerate(members)
             if member.module is not None or place < len(known)
         )
+
+    def _position(self, member: Member) -> int:
+        """Return the order of the first call; replicas that are computed all at once train without one to be seen."""
+        is_unseen = all(other.position < 0 for other in self.members if other.root == member.root)
+        return member.number if is_unseen and member.replicas and member.updates else member.position
 
     def _facts(self, member: Member, module: nn.Module, owned: frozenset[int], elsewhere: frozenset[int]) -> Layer:
         parameters = [p for _, p in own_parameters(module)]
@@ -212,7 +228,7 @@ class Roster:
             name=member.name,
             kind=type(module).__name__,
             parameters=sum(_numel(p) for p in parameters),
-            position=member.position,
+            position=self._position(member),
             activation=member.activation,
             units=member.units,
             fan_in=0 if weight is None else fan(weight)[0],
@@ -227,6 +243,7 @@ class Roster:
             path_depth=member.path_depth,
             recurrent_radius=_quietly(recurrent_radius, module) or 0.0,
             sequence=member.sequence,
+            replicas=member.replicas,
         )
 
 

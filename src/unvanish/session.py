@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,21 +17,33 @@ from .launch import run_folder
 from .records import Findings, Recording
 from .watch import Watch
 
+if TYPE_CHECKING:
+    from .replicas import Coupling
+
 
 class Run:
     """A training under watch; made by `watch`, used in a ``with``."""
 
-    def __init__(self, watch: Watch, folder: Path | None) -> None:
+    def __init__(self, watch: Watch, folder: Path | None, coupling: Coupling | None = None) -> None:
         self._watch = watch
+        self._coupling = coupling
+        self._measuring = ExitStack()
         self.folder = folder
 
     def __enter__(self) -> Run:
         self._watch.attach()
+        if self._coupling is not None:
+            from .replicas.speed import LearningSpeed
+
+            watch = self._watch
+            speed = LearningSpeed(self._coupling, watch.every, write=watch.note_speeds, guard=watch.guard)
+            self._measuring.enter_context(speed)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._measuring.close()
         self._watch.close()
 
     def recording(self) -> Recording:
@@ -46,6 +59,7 @@ def watch(
     model: nn.Module | Iterable[nn.Module],
     optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
     *,
+    coupling: Coupling | None = None,
     every: int = 10,
     folder: str | Path | None = "runs",
 ) -> Run:
@@ -54,6 +68,7 @@ def watch(
     Args:
         model: The model, or several.
         optimizer: Its optimiser, or several; None finds every optimiser that holds its parameters.
+        coupling: Of the model, if it is `Replicas`: then the record holds how fast they learn, and by what.
         every: Sample each so many steps; the first ten are all sampled. >= 1
         folder: The record is kept in a new folder of this one; None keeps it in memory only.
 
@@ -61,7 +76,7 @@ def watch(
         A handle to use in a ``with``; its `diagnose` says what is wrong.
 
     Raises:
-        OptionError: if an argument is no model, no optimiser, or no whole number >= 1.
+        OptionError: if an argument is no model, no optimiser, no coupling of the model, or no whole number >= 1.
 
     Cost: about 1 % of the step time of a small-batch MLP with ``every=10`` (bench/overhead.py).
 
@@ -93,5 +108,10 @@ def watch(
                 f"watch(): optimizer: found {type(found).__name__}, expected a torch.optim.Optimizer "
                 "or several. Nothing was attached. Call watch(model, optimizer)."
             )
+    if coupling is not None and all(item is not getattr(coupling, "replicas", None) for item in models):
+        raise OptionError(
+            f"watch(): coupling: found {type(coupling).__name__}, expected the Coupling of a watched model. Nothing "
+            "was attached. Call watch(replicas, optimizer, coupling=coupling)."
+        )
     place = None if folder is None else run_folder(Path(folder), type(models[0]).__name__ if models else "run")
-    return Run(Watch(models, optimizers, every=every, folder=place), place)
+    return Run(Watch(models, optimizers, every=every, folder=place), place, coupling)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .errors import RecordError
-from .records import MEASURES, SCALARS, Event, Layer, Op, Recording, Trace, finite
+from .records import MEASURES, SCALARS, SPEEDS, Event, Layer, Op, Recording, Speeds, Trace, finite
 
 MAX_SAMPLES = 2_000  # of one trace
 MAX_CELLS = 120_000  # layers x samples of one trace: 16 measures of 4 bytes each make 8 MB
@@ -33,6 +33,7 @@ CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE trace (id INTEGER PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE sample (trace INTEGER, step INTEGER, scalars BLOB, measures BLOB, PRIMARY KEY (trace, step));
 CREATE TABLE loss (trace INTEGER, step INTEGER, value REAL, PRIMARY KEY (trace, step)) WITHOUT ROWID;
+CREATE TABLE speed (trace INTEGER, step INTEGER, measures BLOB, PRIMARY KEY (trace, step));
 CREATE TABLE event (trace INTEGER, step INTEGER, kind TEXT, details TEXT);
 """
 log = logging.getLogger("unvanish")
@@ -50,6 +51,8 @@ class Stream:
     layers: tuple[Layer, ...] = ()
     loss_paths: tuple[tuple[Op, ...], ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    speed_layers: tuple[str, ...] = ()
+    speeds: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)
     total_steps: int = 0
     sample_stride: int = 1  # in sampled steps: doubles when the trace is full
     loss_stride: int = 1
@@ -81,6 +84,15 @@ class Stream:
             ),
             total_steps=self.total_steps,
             facts=_plain(self.facts),
+            speeds=self._to_speeds() if self.speed_layers else None,
+        )
+
+    def _to_speeds(self) -> Speeds:
+        steps = sorted(self.speeds)
+        rows = np.array([self.speeds[step] for step in steps], dtype=np.float32)
+        rows = rows.reshape(len(steps), len(self.speed_layers), len(SPEEDS))
+        return Speeds(
+            self.speed_layers, np.array(steps, dtype=np.int64), {name: rows[:, :, i] for i, name in enumerate(SPEEDS)}
         )
 
 
@@ -111,8 +123,9 @@ class Recorder:
         samples: Sequence[tuple[Stream, int, np.ndarray[Any, Any], np.ndarray[Any, Any]]],
         losses: Sequence[tuple[Stream, int, float]],
         events: Sequence[tuple[Stream, Event]] = (),
+        speeds: Sequence[tuple[Stream, int, np.ndarray[Any, Any]]] = (),
     ) -> None:
-        """Add sampled steps, losses and first occurrences, and commit them together."""
+        """Add sampled steps, losses, first occurrences and speeds of replicas, and commit them together."""
         for stream, step, scalars, measures in samples:
             stream.samples[step] = (scalars, measures)
         losses = [item for item in losses if item[1] % item[0].loss_stride == 0]
@@ -121,7 +134,9 @@ class Recorder:
         events = [item for item in events if len(item[0].events) < MAX_EVENTS]
         for stream, event in events:
             stream.events.append(event)
-        self._try(self._insert, samples, losses, events)
+        for stream, step, rows in speeds:
+            stream.speeds[step] = rows
+        self._try(self._insert, samples, losses, events, speeds)
         for stream in self.streams:
             self._bound(stream)
 
@@ -162,7 +177,7 @@ class Recorder:
         connection.execute(f"PRAGMA application_id={_APPLICATION_ID}")
         connection.executescript(_SCHEMA)
 
-    def _insert(self, samples: Any, losses: Any, events: Any) -> None:
+    def _insert(self, samples: Any, losses: Any, events: Any, speeds: Any) -> None:
         connection = self._connection
         if connection is None:
             return
@@ -179,6 +194,10 @@ class Recorder:
             connection.executemany(
                 "INSERT INTO event VALUES (?, ?, ?, ?)",
                 [(s.number, e.step, e.kind, json.dumps(finite(e.details))) for s, e in events],
+            )
+            connection.executemany(
+                "INSERT OR REPLACE INTO speed VALUES (?, ?, ?)",
+                [(s.number, step, rows.tobytes()) for s, step, rows in speeds],
             )
 
     def _describe(self) -> None:
@@ -198,8 +217,12 @@ class Recorder:
             stream.is_written = stream.is_done
 
     def _bound(self, stream: Stream) -> None:
-        """Drop every second sample or loss when there are too many."""
+        """Drop every second sample, speed or loss when there are too many."""
         limit = max(16, min(MAX_SAMPLES, MAX_CELLS // max(len(stream.layers), 1)))
+        if len(stream.speeds) > limit:
+            gone = sorted(stream.speeds)[1::2]
+            stream.speeds = {step: stream.speeds[step] for step in sorted(stream.speeds)[::2]}
+            self._try(self._delete, "speed", stream, gone)
         if len(stream.samples) > limit:
             gone = sorted(stream.samples)[1::2]
             stream.samples = {step: stream.samples[step] for step in sorted(stream.samples)[::2]}
@@ -246,6 +269,8 @@ def _describe_stream(stream: Stream) -> dict[str, Any]:
         "loss_paths": [[finite(asdict(op)) for op in path] for path in stream.loss_paths],
         "measures": MEASURES,
         "scalars": SCALARS,
+        "speed_layers": stream.speed_layers,
+        "speeds": SPEEDS,
     }
 
 
@@ -295,6 +320,8 @@ def _read_all(connection: sqlite3.Connection) -> Recording:
         stream.layers = tuple(_layer(layer) for layer in described["layers"])
         stream.loss_paths = tuple(tuple(_op(op) for op in path) for path in described["loss_paths"])
         _read_rows(connection, stream)
+        if described.get("speed_layers"):  # records from before there were any have no table of them
+            _read_speeds(connection, stream, described)
         streams.append(stream)
     return Recording(run, tuple(stream.to_trace() for stream in streams))
 
@@ -345,3 +372,16 @@ def _read_rows(connection: sqlite3.Connection, stream: Stream) -> None:
     stream.events = [
         Event(_kind(step, int), _kind(kind, str), _kind(json.loads(details), dict)) for step, kind, details in rows
     ]
+
+
+def _read_speeds(connection: sqlite3.Connection, stream: Stream, described: Mapping[str, Any]) -> None:
+    if tuple(described["speeds"]) != SPEEDS:
+        raise ValueError("written by another version of unvanish")
+    stream.speed_layers = tuple(_kind(name, str) for name in described["speed_layers"])
+    rows = connection.execute(
+        "SELECT step, measures FROM speed WHERE trace = ? LIMIT ?", (stream.number, 4 * MAX_SAMPLES)
+    )
+    shape = (len(stream.speed_layers), len(SPEEDS))
+    stream.speeds = {
+        _kind(step, int): np.frombuffer(measures, dtype=np.float32).reshape(shape) for step, measures in rows
+    }

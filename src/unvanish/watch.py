@@ -43,7 +43,7 @@ from .players import (
 from .records import MEASURES, Event, Recording
 from .roster import Member, Roster, parameter_ids
 from .staging import Slot, Stage
-from .trace import Recorder
+from .trace import Recorder, Stream
 
 FLUSH_LOSSES = 64  # so many steps apart it is looked whether losses have waited too long
 FLUSH_SECONDS = 30.0
@@ -85,7 +85,7 @@ class Watch:
         self.roster = Roster(models)
         self._optimizers = tuple(getattr(o, "optimizer", o) for o in optimizers)
         self._clock = clock
-        self._capture = Capture(self.roster, self._guard)
+        self._capture = Capture(self.roster, self.guard)
         self._held_out = self._capture.held_out
         self._players: dict[int, Player] = {}  # by the id of the optimiser
         self._kinds: Counter[str] = Counter()
@@ -93,6 +93,7 @@ class Watch:
         self._all_steps = 0
         self._pending = Pending()
         self._events: list[tuple[int, Event]] = []
+        self._speeds: list[tuple[Stream, int, NDArray[np.float32]]] = []  # of coupled replicas
         self._nonfinite_seen = False
         self._found: dict[str, Any] | None = None  # of a loss that was not finite, until a step follows
         self._backward_calls = 0
@@ -102,7 +103,7 @@ class Watch:
         self._was_attached = False
         self._sees_compiled = False
         self._sampling = True
-        self._before_step = self._guard(self._prepare_step)
+        self._before_step = self.guard(self._prepare_step)
         self._handles: list[Any] = []
         self._undo: list[Callable[[], None]] = []
         self._scaler: Any = None
@@ -131,7 +132,7 @@ class Watch:
         self.recorder.run.setdefault("started", time.time())
         self._handles = [
             register_optimizer_step_pre_hook(self._step_begins),
-            register_optimizer_step_post_hook(self._guard(self._after_step)),
+            register_optimizer_step_post_hook(self.guard(self._after_step)),
         ]
         self._replace(torch.autograd, "backward", self._watched_backward)
         self._replace(torch.amp.GradScaler, "scale", self._watched_scale)
@@ -139,8 +140,8 @@ class Watch:
         self._replace(torch, "compile", self._watched_compile)
         self._watch_compiled()
         for model in self.roster.models:
-            self._guard(self._meet)(model)
-        self._guard(self._capture.arm)()
+            self.guard(self._meet)(model)
+        self.guard(self._capture.arm)()
 
     def _meet(self, model: nn.Module) -> None:
         if any(map(_is_compiled, model.modules())):
@@ -180,7 +181,7 @@ class Watch:
         return wrapped
 
     def _watched_compiled_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        before = self._guard(self._capture.before_compiled)
+        before = self.guard(self._capture.before_compiled)
 
         @functools.wraps(original)
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -226,7 +227,7 @@ class Watch:
 
     # Callbacks -------------------------------------------------------------------------------------
 
-    def _guard(self, callback: Callable[..., Any]) -> Callable[..., Any]:
+    def guard(self, callback: Callable[..., Any]) -> Callable[..., Any]:
         """Time a callback, and switch watching off if it fails: training goes on."""
         clock = self._clock
 
@@ -264,7 +265,7 @@ class Watch:
                 log.debug("%s failed too", action, exc_info=True)
 
     def _watched_backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        before, after = self._guard(self._before_backward), self._guard(self._after_backward)
+        before, after = self.guard(self._before_backward), self.guard(self._after_backward)
 
         @functools.wraps(original)
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
@@ -289,7 +290,7 @@ class Watch:
         return scale
 
     def _watched_scaler_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        note = self._guard(self._note_skipped)
+        note = self.guard(self._note_skipped)
 
         @functools.wraps(original)
         def step(scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -618,7 +619,8 @@ class Watch:
                 if not player.stream.layers:
                     self._describe()
                     break
-        self.recorder.write(samples, losses, events)
+        self.recorder.write(samples, losses, events, self._speeds)
+        self._speeds = []
         now = time.perf_counter()
         if now - self._described[0] > 1.0 or self._described[1] != len(self.roster.members):
             self._describe()
@@ -640,6 +642,20 @@ class Watch:
         player = self._last_player or next(iter(self._players.values()), None)
         number = 0 if player is None else player.stream.number
         self._events.append((number, Event(0 if player is None else player.steps, kind, details)))
+
+    def note_speeds(self, layers: Sequence[nn.Module], step: int, rows: NDArray[np.float32]) -> None:
+        """Keep how fast layers of coupled replicas learn, for the optimiser that stepped last.
+
+        Args:
+            layers: These layers, in the same order each time.
+            step: How many steps had been done.
+            rows: (layers, `SPEEDS`)
+        """
+        if self._last_player is not None:
+            stream = self._last_player.stream
+            if not stream.speed_layers:
+                stream.speed_layers = tuple(self.roster.names.get(layer, "") for layer in layers)
+            self._speeds.append((stream, step, rows))
 
     def _describe(self) -> None:
         """Write the facts of the run so far."""

@@ -20,6 +20,7 @@ from .kicks import kick as kick
 from .replicas import Replicas as Replicas
 from .schedules import Automatic as Automatic
 from .schedules import exponential as exponential
+from .speed import LearningSpeed as LearningSpeed
 
 __all__ = [
     "STANDARD_METHODS",
@@ -28,6 +29,7 @@ __all__ = [
     "BinaryLinear",
     "Comparison",
     "Coupling",
+    "LearningSpeed",
     "Method",
     "Patterns",
     "Replicas",

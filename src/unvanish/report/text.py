@@ -15,6 +15,7 @@ from ..records import SEVERITIES, Finding, Findings, Recording, Trace
 from ..terrain import Landscape
 from .ink import Ink, number, plain, shorten
 from .remedies import in_words
+from .speeds import speed_table
 from .table import SIGNS, STYLES, layer_table
 
 _LABEL = 9
@@ -47,6 +48,9 @@ def _parts(
     if findings.layers:
         yield ""
         yield from layer_table(findings, ink)
+    if any("learning_speed" in row for row in findings.layers):
+        yield ""
+        yield from speed_table(findings, ink)
     for finding in sorted(findings, key=lambda f: SEVERITIES.index(f.severity)):
         yield ""
         yield from _finding(finding, is_check=_is_check(findings))
