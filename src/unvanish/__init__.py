@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .check import check as check
     from .replicas import Coupling as Coupling
     from .replicas import Replicas as Replicas
+    from .replicas.landscape import landscape as landscape
     from .reuse.cache import cache_features as cache_features
     from .reuse.freeze import freeze_to as freeze_to
     from .reuse.freeze import thaw as thaw
@@ -53,6 +54,7 @@ _NEEDS_TORCH = {
     "Changes": "treat",
     "Replicas": "replicas",
     "Coupling": "replicas",
+    "landscape": "replicas.landscape",
     "cache_features": "reuse.cache",
     "freeze_to": "reuse.freeze",
     "thaw": "reuse.freeze",
@@ -84,6 +86,7 @@ __all__ = [
     "check",
     "diagnose",
     "freeze_to",
+    "landscape",
     "load_weights",
     "read_recording",
     "thaw",

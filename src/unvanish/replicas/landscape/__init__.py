@@ -22,7 +22,7 @@ from .given import PARTS as PARTS
 from .given import Part as Part
 from .given import Settings, check_models, check_same, check_settings
 from .surface import Surface, Weights, batches_of
-from .survey import survey
+from .survey import measure
 
 __all__ = ["PARTS", "Part", "landscape"]
 
@@ -112,7 +112,7 @@ def landscape(
         surface = Surface(model, loss_fn, batches)
         if not isinstance(replicas, Replicas):
             check_same(surface, models, weights)
-        found = survey(surface, weights, settings)
+        found = measure(surface, weights, settings)
     return replace(found, seconds=time.perf_counter() - start)
 
 

@@ -28,7 +28,7 @@ _MAX_NAMED = 4  # layers in a note
 _Spot = tuple[str, Weights, Height]
 
 
-def survey(surface: Surface, weights: list[Weights], settings: Settings) -> Landscape:
+def measure(surface: Surface, weights: list[Weights], settings: Settings) -> Landscape:
     """Measure everything that was asked for.
 
     Raises:
