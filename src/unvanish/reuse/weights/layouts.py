@@ -145,6 +145,14 @@ def _conv(source: ForeignLayer, target: Target, family: Family, flat: Flat) -> l
 def _conv_transpose(source: ForeignLayer, target: Target, family: Family, flat: Flat) -> list[Move]:
     space = source.arrays["kernel"].dim() - 2
     operations: tuple[Operation, ...] = ()
+    if source.settings.get("is_guessed"):
+        raise refuse(
+            source,
+            target,
+            "found names that Keras and Flax share, expected to know which it was, because they lay out transposed "
+            "convolutions differently",
+            "Write layout='keras' or layout='flax'.",
+        )
     if family == "keras":  # [..., out, in]
         operations = (Permute((space + 1, space, *range(space))),)
     elif family == "flax":  # [..., in, out], and it slides the kernel as it stands, where torch turns it round

@@ -130,7 +130,7 @@ def _check_plan(plan: Plan, *, is_partial: bool, is_proven: bool) -> None:
         problems += [f"in doubt: {doubt}" for doubt in plan.doubts]
         problems.append("prove it with verify=(inputs, outputs), or load it unproven with trust=True")
     if problems:
-        listed = "".join(f"\n  {problem}." for problem in problems[:20])
+        listed = "".join(f"\n  {problem.rstrip('.')}." for problem in problems[:20])
         more = f"\n  and {len(problems) - 20} more." if len(problems) > 20 else ""
         raise WeightsError(
             f"load_weights(): file {plan.foreign.file!r}: found {plan.foreign.form}, "

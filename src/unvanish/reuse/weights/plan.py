@@ -175,14 +175,13 @@ def make_plan(
             continue
         try:
             verdict = compare_settings(pair.source, pair.target, family, epsilon)
+            faults += verdict.faults
+            doubts += verdict.doubts
+            changes += verdict.changes
             moves = _moves(pair, family, Flat() if is_flatten_kept else ends)
             steps += [_step(pair, pair.source, move) for move in moves]
         except WeightsError as error:
             faults.append(str(error).removeprefix("load_weights(): "))
-            continue
-        changes += verdict.changes
-        faults += verdict.faults
-        doubts += verdict.doubts
     filled = {name for step in steps for name in step.names}
     used = {source for step in steps for source in step.sources}
     return Plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -13,7 +14,6 @@ from .keras_layers import named
 
 _KERAS = {"gamma", "beta", "moving_mean", "moving_variance", "recurrent_kernel", "embeddings", "depthwise_kernel"}
 _FLAX = {"scale", "embedding", "var", "negative_slope"}
-_SHARED = {"kernel"}
 _FLAX_ROLES = {
     "scale": "gamma",
     "bias": "beta",
@@ -47,23 +47,23 @@ def layers_of(arrays: Mapping[str, Tensor], layout: Family | None) -> tuple[Fami
     names = {name: name.split(":")[0].replace(".", "/").split("/") for name in arrays}
     leaves = {parts[-1] for parts in names.values()}
     family: Family = layout or _family_of(leaves)
+    is_guessed = layout is None and family == "flax" and not leaves & _FLAX
     groups: dict[str, dict[str, Tensor]] = {}
     for name, parts in names.items():
         groups.setdefault("/".join(parts[:-1]), {})[parts[-1]] = arrays[name]
     if family == "keras":
         return family, list(_keras(groups))
     if family == "flax":
-        return family, list(_flax(groups))
+        told = {"is_guessed": True} if is_guessed else {}
+        return family, [replace(layer, settings={**layer.settings, **told}) for layer in _flax(groups)]
     return "torch", list(_torch(groups))
 
 
 def _family_of(leaves: set[str]) -> Family:
-    """Tell the framework by the names of the arrays; `kernel` and `bias` alone are read as those of Keras and Flax."""
+    """Tell the framework by the names of the arrays; `kernel` alone may be of Keras or Flax, mostly laid out alike."""
     if leaves & _KERAS:
         return "keras"
-    if leaves & (_FLAX | _SHARED):
-        return "flax" if leaves & _FLAX or not leaves & _KERAS else "keras"
-    return "torch"
+    return "flax" if leaves & _FLAX or "kernel" in leaves else "torch"
 
 
 def _torch(groups: dict[str, dict[str, Tensor]]) -> Iterator[ForeignLayer]:
