@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "unvanish"
 
 # A module imports only what stands in a line above it.
 ORDER = (
-    ("version", "errors"),
+    ("version", "errors", "wraps", "mixed_precision"),
     ("records",),
     ("terrain",),
     ("layers", "measures", "graph", "held_out"),

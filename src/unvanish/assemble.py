@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .measures import BLOCK_COLUMNS, ROW, ROW_COLUMNS
 from .records import MEASURES, SCALARS
-from .staging import Fetched, ParameterRow
+from .roster import Member
+from .staging import SPECIAL, Fetched, ParameterRow, Stage
 
 _M = {name: i for i, name in enumerate(MEASURES)}
 _R = {name: i for i, name in enumerate(ROW_COLUMNS)}
 _B = {name: i for i, name in enumerate(BLOCK_COLUMNS)}
 _S = {name: i for i, name in enumerate(SCALARS)}
+_OF_PARAMETERS = [_M[name] for name in ("grad_rms", "grad_zero_share", "weight_rms", "update_ratio", "alignment")]
 
 
 def layer_measures(
@@ -172,3 +175,42 @@ def _put_scale(out: NDArray[np.float64], name: str, block: list[float] | None) -
     for key, value in values.items():
         if key in _S:
             out[_S[key]] = value
+
+
+def sample_rows(
+    fetched: Fetched, stage: Stage, members: Sequence[Member], loss_at: Mapping[tuple[int, int], float]
+) -> list[tuple[Any, int, NDArray[np.float64], NDArray[np.float32]]]:
+    """Return the rows of the record that some samples make: stream, step, scalars, measures of the stream's layers.
+
+    Args:
+        fetched: The numbers of the samples.
+        stage: Where they waited.
+        members: The layers that are known.
+        loss_at: The losses by (id of the stream, step).
+    """
+    order = [member.number for member in sorted(members, key=lambda m: m.position) if member.position >= 0]
+    blocks = layer_measures(fetched, stage.rows, stage.block_rows, order, len(members))
+    for member in members:
+        if member.twin >= 0:
+            blocks[:, member.number, _OF_PARAMETERS] = blocks[:, member.twin, _OF_PARAMETERS]
+    rows = []
+    for number, slot in enumerate(fetched.slots):
+        player, step = slot.owner, slot.step
+        slot.facts["loss"] = loss_at.get((id(player.stream), step), math.nan)
+        special = {what: stage.block_rows[SPECIAL, what] for what in ("prediction", "target")}
+        for what in ("input", "output"):
+            key = (SPECIAL - 1 - max(player.root, 0), what)
+            if key in stage.block_rows:
+                special[what] = stage.block_rows[key]
+        rows.append(
+            (player.stream, step, step_scalars(fetched, number, special), _columns(blocks[number], player.columns))
+        )
+    return rows
+
+
+def _columns(block: NDArray[np.float32], members: Sequence[Member]) -> NDArray[np.float32]:
+    """Return the measures of these layers; nan for one that was freed before."""
+    numbers = np.array([member.number for member in members], dtype=int)
+    columns: NDArray[np.float32] = block[numbers]
+    columns[numbers < 0] = np.nan
+    return columns

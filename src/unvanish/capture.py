@@ -21,12 +21,11 @@ from .held_out import HeldOut
 from .layers import is_layer
 from .measures import delta_norm
 from .roster import Member, Roster
-from .staging import Slot, Stage
+from .staging import SPECIAL, Slot, Stage
 
 MAX_PLANS = 32
 LEARNING = 8  # samples after a new model or kind of graph: several losses may come in turn
 MAX_OUTPUT = 1 << 20  # entries of a model's output that is kept until the loss is known
-SPECIAL = -1  # the "layer" of the rows of prediction and target
 
 
 class Capture:

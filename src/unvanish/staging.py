@@ -35,6 +35,7 @@ SLOTS = 8  # samples that wait for one flush
 MAX_ROWS = 4096  # parameters with samples; more are counted but not sampled
 _MAX_WAITING = 4096  # rows times slots: bounds the rings to 16 MB each
 _NO_BOUNDS = (-math.inf, -math.inf, math.inf)
+SPECIAL = -1  # the "layer" of the block rows of prediction and target
 
 
 @dataclass(slots=True)

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .assemble import layer_measures, step_scalars
-from .capture import SPECIAL, Capture
+from .assemble import sample_rows
+from .capture import Capture
 from .errors import OptionError
+from .mixed_precision import MixedPrecision
 from .players import (
     CHECKED_EVERY,
     CHECKED_STEPS,
@@ -40,10 +41,11 @@ from .players import (
     mark_gradient,
     player_facts,
 )
-from .records import MEASURES, Event, Recording
-from .roster import Member, Roster, parameter_ids
+from .records import Event, Recording
+from .roster import Roster, parameter_ids
 from .staging import Slot, Stage
 from .trace import Recorder, Stream
+from .wraps import Wraps
 
 FLUSH_LOSSES = 64  # so many steps apart it is looked whether losses have waited too long
 FLUSH_SECONDS = 30.0
@@ -51,9 +53,6 @@ SETTLED = 3  # the step after which it shows whether units stay copies of each o
 MAX_PENDING = 4096  # losses that wait for a step
 DORMANT = 50  # steps of others after which an optimiser no longer asks for samples
 log = logging.getLogger("unvanish")
-_OF_PARAMETERS = [
-    MEASURES.index(name) for name in ("grad_rms", "grad_zero_share", "weight_rms", "update_ratio", "alignment")
-]
 
 
 class Watch:
@@ -105,10 +104,8 @@ class Watch:
         self._sampling = True
         self._before_step = self.guard(self._prepare_step)
         self._handles: list[Any] = []
-        self._undo: list[Callable[[], None]] = []
-        self._scaler: Any = None
-        self._scaled = 0  # losses it has scaled and that no backward pass began from yet
-        self._scale: Tensor | None = None  # of the running backward pass
+        self._wraps = Wraps()
+        self._precision = MixedPrecision()
         self._start = time.perf_counter()
         self._described = (-1.0, 0)
         self._flushed = time.perf_counter()
@@ -134,10 +131,10 @@ class Watch:
             register_optimizer_step_pre_hook(self._step_begins),
             register_optimizer_step_post_hook(self.guard(self._after_step)),
         ]
-        self._replace(torch.autograd, "backward", self._watched_backward)
-        self._replace(torch.amp.GradScaler, "scale", self._watched_scale)
-        self._replace(torch.amp.GradScaler, "step", self._watched_scaler_step)
-        self._replace(torch, "compile", self._watched_compile)
+        self._wraps.replace(torch.autograd, "backward", self._watched_backward)
+        self._wraps.replace(torch.amp.GradScaler, "scale", self._watched_scale)
+        self._wraps.replace(torch.amp.GradScaler, "step", self._watched_scaler_step)
+        self._wraps.replace(torch, "compile", self._watched_compile)
         self._watch_compiled()
         for model in self.roster.models:
             self.guard(self._meet)(model)
@@ -148,28 +145,12 @@ class Watch:
             self._capture.compiled = True
         self._capture.meet(model)
 
-    def _replace(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-        """Wrap a function of torch until `detach`."""
-        original = getattr(owner, name)
-        ours = make(original)
-        setattr(owner, name, ours)
-
-        def undo() -> None:
-            ours.is_left = True
-            if getattr(owner, name) is ours:  # else someone wrapped it later; ours only passes on by then
-                inner = original
-                while getattr(inner, "is_left", False):  # another watch, left before this one
-                    inner = inner.__wrapped__
-                setattr(owner, name, inner)
-
-        self._undo.append(undo)
-
     def _watch_compiled(self) -> None:
         """Wrap the call of compiled models, once torch's compiler is loaded: it warns of global hooks."""
         compiler = sys.modules.get("torch._dynamo.eval_frame")
         if compiler is not None and not self._sees_compiled and self._active:
             self._sees_compiled = True
-            self._replace(compiler.OptimizedModule, "__call__", self._watched_compiled_call)
+            self._wraps.replace(compiler.OptimizedModule, "__call__", self._watched_compiled_call)
 
     def _watched_compile(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -195,9 +176,8 @@ class Watch:
         self._active = False
         for handle in self._handles:
             handle.remove()
-        for undo in reversed(self._undo):
-            undo()
-        self._handles, self._undo = [], []
+        self._handles = []
+        self._wraps.undo()
         self._capture.disarm()
         self._capture.held_out.remove()
 
@@ -283,8 +263,8 @@ class Watch:
         @functools.wraps(original)
         def scale(scaler: Any, outputs: Any) -> Any:
             scaled = original(scaler, outputs)
-            if self._active and scaler.is_enabled():
-                self._scaler, self._scaled = scaler, self._scaled + 1
+            if self._active:
+                self._precision.note_scaled(scaler)
             return scaled
 
         return scale
@@ -310,7 +290,7 @@ class Watch:
         self._reads_backward = self._sampling
         if self._has_marks:
             self._look_at_marks()
-        if type(tensors) is Tensor and self._scaler is None and tensors.is_cpu and tensors.ndim == 0:
+        if type(tensors) is Tensor and self._precision.scaler is None and tensors.is_cpu and tensors.ndim == 0:
             loss, value = tensors, tensors.item()  # the usual case, kept short
         else:
             loss, value = self._read_loss(tensors)
@@ -336,11 +316,10 @@ class Watch:
         """Return the tensor that is the loss and its value; None for what is no single number."""
         if not isinstance(tensors, Tensor) and isinstance(tensors, Sequence):  # an iterator would be used up
             tensors = tensors[0] if tensors else None
-        self._scale = getattr(self._scaler, "_scale", None) if self._scaled else None
-        self._scaled = max(self._scaled - 1, 0)
+        self._precision.begin_backward()
         if not isinstance(tensors, Tensor) or tensors.numel() != 1:
             return tensors, None
-        return tensors, self._loss_value(tensors)
+        return tensors, self._precision.value_of(tensors)
 
     def _note_nonfinite(self, loss: Tensor, value: float) -> None:
         """Find out where the first loss that is not finite came from."""
@@ -348,22 +327,12 @@ class Watch:
             self._nonfinite_seen = True
             self._found = {"loss": value, **self._capture.locate_nonfinite(loss)}
 
-    def _loss_value(self, loss: Tensor) -> float | Tensor:
-        """Return the loss as a number where that is free, else as a copy on its device."""
-        scale = self._scale
-        if scale is None and loss.is_cpu:
-            return loss.item()
-        value = loss.detach()
-        if scale is not None:
-            value = value / scale.to(value.device)
-        return value.item() if value.device.type == "cpu" else value.reshape(()).float().clone()
-
     def _after_backward(self) -> None:
         capture = self._capture
         if self._sampling:
             capture.read_gradients()
             if capture.stage is not None:
-                capture.stage.slot.scale = None if self._scale is None else self._scale.clone()
+                capture.stage.slot.scale = self._precision.copy_of_scale()
         for player in self._players.values():
             if player.mark is not None:
                 player.mark = (player.mark[0], player.mark[0]._version)
@@ -384,7 +353,7 @@ class Watch:
         player = self._players.get(id(optimizer))
         if player is None or player.reference() is not optimizer:
             return
-        self._scaled = 0
+        self._precision.waiting = 0
         if player.has_found_inf and self._was_left_out(player, optimizer):
             self._note_skipped(optimizer)
             return
@@ -439,7 +408,7 @@ class Watch:
         player = self._player(optimizer)
         if player is not None:
             player.skipped += 1
-            self._scaled = 0
+            self._precision.waiting = 0
             self._place_event(player)
             self._pending.values.clear()
             self._capture.start_again()
@@ -592,25 +561,7 @@ class Watch:
         losses = [(stream, step, value) for stream, step, value in fetch_losses(pending.stepped)]
         pending.stepped = []
         loss_at = {(id(stream), step): value for stream, step, value in losses}
-        order = [m.number for m in sorted(self.roster.members, key=lambda m: m.position) if m.position >= 0]
-        samples = []
-        if fetched is not None and stage is not None:
-            blocks = layer_measures(fetched, stage.rows, stage.block_rows, order, len(self.roster.members))
-            for member in self.roster.members:
-                if member.twin >= 0:
-                    blocks[:, member.number, _OF_PARAMETERS] = blocks[:, member.twin, _OF_PARAMETERS]
-        for number, slot in enumerate(fetched.slots if fetched is not None else ()):
-            assert stage is not None
-            assert fetched is not None
-            player, step = slot.owner, slot.step
-            slot.facts["loss"] = loss_at.get((id(player.stream), step), math.nan)
-            special = {w: stage.block_rows[SPECIAL, w] for w in ("prediction", "target")}
-            for what in ("input", "output"):
-                key = (SPECIAL - 1 - max(player.root, 0), what)
-                if key in stage.block_rows:
-                    special[what] = stage.block_rows[key]
-            scalars = step_scalars(fetched, number, special)
-            samples.append((player.stream, step, scalars, _columns(blocks[number], player.columns)))
+        samples = [] if fetched is None or stage is None else sample_rows(fetched, stage, self.roster.members, loss_at)
         streams = self.recorder.streams
         events = [(streams[number], event) for number, event in self._events] if streams else []
         self._events = [] if streams else self._events
@@ -675,14 +626,6 @@ class Watch:
         )
         self.recorder.describe()
         self._described = (time.perf_counter(), len(self.roster.members))
-
-
-def _columns(block: NDArray[np.float32], members: Sequence[Member]) -> NDArray[np.float32]:
-    """Return the measures of these layers; nan for one that was freed before."""
-    numbers = np.array([member.number for member in members], dtype=int)
-    columns: NDArray[np.float32] = block[numbers]
-    columns[numbers < 0] = np.nan
-    return columns
 
 
 def _models_of(owned: frozenset[int]) -> list[nn.Module]:

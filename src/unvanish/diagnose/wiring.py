@@ -67,7 +67,7 @@ def frozen_parameters(trace: Trace) -> Iterator[Finding]:
             layers=names(trace, trained_layers(trace)),
             evidence={
                 "lr": median_of(trace.scalars["lr"]),
-                "grad_rms": median_of(trace.measures["grad_rms"][:, trained_layers(trace)]),
+                "grad_rms": median_of(trace.measures["grad_rms"][:, trained_layers(trace)].astype(np.float64)),
             },
             treatments=("zero-grad",),
         )
