@@ -352,7 +352,7 @@ def test_uncoupled_replicas_predict_as_an_ensemble() -> None:
 
 
 def test_without_compounding_a_pull_is_the_strength_itself() -> None:
-    """With compound=False each tenth step is w <- 0.99 w + 0.01 c, as published for PAPA (Jolicoeur-Martineau 2024)."""
+    """With compound=False each tenth step is w <- 0.99 w + 0.01 c, as PAPA does (Jolicoeur-Martineau et al. 2024)."""
     replicas = column(1.0, 2.0, 6.0)
     coupling = Coupling(replicas, 0.01, every=10, compound=False)
     for _ in range(20):
