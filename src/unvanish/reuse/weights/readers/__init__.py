@@ -15,6 +15,7 @@ from pathlib import Path
 from ....errors import UnvanishError, WeightsError
 from ..foreign import Family, Foreign
 from .guard import Budget, extra, refused
+from .zipped import entries_of
 
 Reader = Callable[[Path, Budget, str, Family | None], Foreign]
 
@@ -35,7 +36,7 @@ def read_weights(file: str | os.PathLike[str], *, part: str = "", layout: Family
     try:
         if not path.exists():
             raise refused(path, "no such file", "a weights file", "Check the path")
-        return _reader_of(path)(path, Budget.of(path), part, layout)
+        return _reader_of(path, Budget.of(path))(path, Budget.of(path), part, layout)
     except UnvanishError:
         raise
     except RecursionError as error:
@@ -49,7 +50,7 @@ def read_weights(file: str | os.PathLike[str], *, part: str = "", layout: Family
         ) from error
 
 
-def _reader_of(path: Path) -> Reader:
+def _reader_of(path: Path, budget: Budget) -> Reader:
     from .loose import read_npz, read_safetensors, read_torch
 
     if path.is_dir():
@@ -65,6 +66,7 @@ def _reader_of(path: Path) -> Reader:
 
         return read_h5 if is_legacy(path) else read_weights_h5
     if start.startswith(b"PK\x03\x04"):
+        budget.entries(entries_of(path))
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
         if "config.json" in names or "model.weights.h5" in names:

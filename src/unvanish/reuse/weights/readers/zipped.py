@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .guard import Budget, refused
+
+_END_SEARCHED = (1 << 16) + 22  # the last record, and the longest comment behind it
+_SMALLEST_ENTRY = 46 + 1  # of the directory: its fixed part, and a name
 
 
 class Archive:
@@ -40,6 +44,19 @@ class Archive:
                 self.budget.file, f"member {name!r} of another size than declared", "equal ones", "Save it anew"
             )
         return content
+
+
+def entries_of(path: Path) -> int:
+    """Return how many members an archive can have, by the size of its directory; before that is read."""
+    with path.open("rb") as opened:
+        size = opened.seek(0, 2)
+        opened.seek(max(0, size - _END_SEARCHED))
+        end = opened.read()
+    place = end.rfind(b"PK\x05\x06")
+    if place < 0 or len(end) < place + 22:
+        return 0
+    (directory,) = struct.unpack_from("<L", end, place + 12)
+    return 0 if directory == 0xFFFFFFFF else int(directory) // _SMALLEST_ENTRY
 
 
 @contextmanager
