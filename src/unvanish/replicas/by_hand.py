@@ -64,6 +64,7 @@ class Batched:
     """
 
     def __init__(self) -> None:
+        self._signature: inspect.Signature | None = None
         self._plans: dict[tuple[Any, ...], Plan] = {}
 
     def __call__(
@@ -82,7 +83,9 @@ class Batched:
         Raises:
             NotUnderstood: if the network does what has no rule.
         """
-        arguments = arguments_of(stacked, x)
+        if self._signature is None:
+            self._signature = inspect.signature(stacked.forward)
+        arguments = _arguments(self._signature, x)
         if is_separate:
             arguments = {name: _separate(value, n) for name, value in arguments.items()}
         modes = tuple(module.training for module in stacked.modules())
@@ -93,12 +96,11 @@ class Batched:
         return losses_of(loss_fn, outputs, y, n, is_separate=is_separate)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_plans": {}}
+        return {"_signature": None, "_plans": {}}
 
 
-def arguments_of(stacked: nn.Module, x: Any) -> dict[str, Any]:
+def _arguments(signature: inspect.Signature, x: Any) -> dict[str, Any]:
     """Return the arguments of a call by their names."""
-    signature = inspect.signature(stacked.forward)
     if isinstance(x, Mapping):
         bound = signature.bind(**x)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
@@ -31,21 +31,21 @@ def backends() -> dict[Backend, Compute]:
 
 
 def choose(
-    stacked: nn.Module, losses: Mapping[Backend, Callable[[], Tensor]], candidates: Sequence[Backend]
+    stacked: nn.Module, losses: Callable[[Backend], Tensor], candidates: Sequence[Backend], *, measure: bool
 ) -> Backend:
     """Return the back end for a call, after trying the candidates; nothing of the trials remains.
 
     Args:
         stacked: The stacked model.
-        losses: Computes the losses of the call, by each back end.
-        candidates: What to try beside the loop. One alone is taken wherever it works; of several, and the loop, the
-            fastest.
+        losses: Computes the losses of the call, by the back end that is named.
+        candidates: What to try beside the loop.
+        measure: Take the fastest of those that work, the loop among them; otherwise the first that works.
     """
-    expected = _try(stacked, losses["loop"])  # what is wrong with the call itself is raised here
+    expected = _try(stacked, losses, "loop")  # what is wrong with the call itself is raised here
     works: list[Backend] = []
     faults = []
     for name in candidates:
-        why = _fault(stacked, expected, losses[name], losses["loop"])
+        why = _fault(stacked, expected, losses, name)
         if why:
             faults.append(f"{name} cannot run this model ({why})")
         else:
@@ -53,9 +53,7 @@ def choose(
     if not works:
         _LOG.warning("Replicas: %s. The loop is used; backend='loop' says so.", "; ".join(faults))
         return "loop"
-    if len(candidates) == 1:
-        return works[0]
-    return _fastest(stacked, {name: losses[name] for name in ("loop", *works)})
+    return _fastest(stacked, losses, ["loop", *works]) if measure else works[0]
 
 
 class _Outcome(NamedTuple):
@@ -66,10 +64,10 @@ class _Outcome(NamedTuple):
     is_random: bool
 
 
-def _try(stacked: nn.Module, losses: Callable[[], Tensor]) -> _Outcome:
+def _try(stacked: nn.Module, losses: Callable[[Backend], Tensor], name: Backend) -> _Outcome:
     with untouched(stacked):
         before, start = _random_state(stacked), _now(stacked)
-        found = losses()
+        found = losses(name)
         if found.requires_grad:
             found.sum().backward()  # type: ignore[no-untyped-call]
         seconds = _now(stacked) - start
@@ -78,13 +76,13 @@ def _try(stacked: nn.Module, losses: Callable[[], Tensor]) -> _Outcome:
         return _Outcome([found.detach(), *grads, *(b.clone() for b in stacked.buffers())], seconds, is_random)
 
 
-def _fault(stacked: nn.Module, expected: _Outcome, candidate: Callable[[], Tensor], loop: Callable[[], Tensor]) -> str:
+def _fault(stacked: nn.Module, expected: _Outcome, losses: Callable[[Backend], Tensor], name: Backend) -> str:
     """Return why a back end cannot be used for this call; nothing if it can."""
     try:
-        found = _try(stacked, candidate)
+        found = _try(stacked, losses, name)
         if found.is_random:  # other numbers are drawn, so that only the rest of the network can be compared
             with _without_dropout(stacked):
-                expected, found = _try(stacked, loop), _try(stacked, candidate)
+                expected, found = _try(stacked, losses, "loop"), _try(stacked, losses, name)
     except NotUnderstood as error:
         return str(error)
     except Exception as error:  # whatever it is: the loop works
@@ -93,12 +91,12 @@ def _fault(stacked: nn.Module, expected: _Outcome, candidate: Callable[[], Tenso
     return "" if agree else "it gives other numbers than separate models"
 
 
-def _fastest(stacked: nn.Module, losses: Mapping[Backend, Callable[[], Tensor]]) -> Backend:
-    best = dict.fromkeys(losses, float("inf"))
+def _fastest(stacked: nn.Module, losses: Callable[[Backend], Tensor], names: Sequence[Backend]) -> Backend:
+    best = dict.fromkeys(names, float("inf"))
     start = time.perf_counter()
     for _ in range(_ROUNDS):
-        for name, compute in losses.items():
-            best[name] = min(best[name], _try(stacked, compute).seconds)
+        for name in names:
+            best[name] = min(best[name], _try(stacked, losses, name).seconds)
         if time.perf_counter() - start > _LONG:
             break
     return min(best, key=best.__getitem__)

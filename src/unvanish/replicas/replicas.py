@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,17 +12,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import OptionError
+from .apart import Apart, check_optimizer, clip_norms_
 from .backends import LossFn, call, keep_buffers, one_of
 from .choice import Backend, backends, choose
 from .stack import anew, check_equal, check_model, mean, named_tensors, stack, unstack
 from .stacked import NotUnderstood
 from .statistics import estimate_statistics
+from .streams import Streams
 
 Batches = Literal["shared", "separate"]
 Readout = Literal["centre", "ensemble"]
 
 _LOG = logging.getLogger("unvanish")
-_MEASURED: tuple[Backend, ...] = ("batched", "vmap")
 _SITUATIONS = ((False, False), (False, True), (True, False), (True, True))  # training, gradients on
 
 
@@ -45,6 +45,9 @@ class Replicas(nn.Module):
             them the loop is used: both are tried at the first loss, and the logger ``unvanish`` says if not.
             ``"auto"``: the fastest of the three in a short measurement at the first loss; a later run may choose
             otherwise.
+        seeds: One whole number a replica: each then draws its own random numbers in the forward pass (dropout), those
+            of a plain training after ``torch.manual_seed(seed)``, however many replicas there are. By default all
+            draw from the one generator of torch.
 
     Raises:
         OptionError: if an argument cannot be used, or the models of ``init`` differ in architecture.
@@ -64,6 +67,7 @@ class Replicas(nn.Module):
         init: Literal["shared", "separate"] | Callable[[int], nn.Module] = "shared",
         *,
         backend: Backend | Literal["auto"] = "loop",
+        seeds: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         model = check_model(model)
@@ -79,12 +83,15 @@ class Replicas(nn.Module):
                 f"Replicas(): backend: found {backend!r}, expected 'loop', 'vmap', 'batched' or 'auto'. "
                 "Write backend='auto'."
             )
+        _check_seeds(seeds, n, backend)
         self.n = n
         self.backend = backend
         self.stacked = stack(_starts(model, n, init))
         self.training = model.training
         self._readout: Readout = "centre" if init == "shared" else "ensemble"
         self._backends = backends()
+        self._streams = None if seeds is None else Streams(seeds, next(self.stacked.parameters()).device)
+        self._apart: Apart | None = None
         self._chosen: dict[tuple[bool, bool], Backend] = {}
 
     def loss(self, loss_fn: LossFn, x: Any, y: Any = None, *, batches: Batches = "shared") -> Tensor:
@@ -102,23 +109,72 @@ class Replicas(nn.Module):
     def losses(self, loss_fn: LossFn, x: Any, y: Any = None, *, batches: Batches = "shared") -> Tensor:
         """Return the loss of each replica; arguments as in `loss`."""
         is_separate = self._check_batches(batches, x, y)
-        by = {
-            name: partial(compute, self.stacked, self.n, loss_fn, x, y, is_separate=is_separate)
-            for name, compute in self._backends.items()
-        }
+
+        def run(name: Backend) -> Tensor:
+            compute = self._backends[name]
+            return compute(self.stacked, self.n, loss_fn, x, y, is_separate=is_separate, streams=self._streams)
+
         try:
-            return by[self._choice(by)]()
+            return run(self._choice(run))
         except NotUnderstood as error:  # other shapes than those of the trial
             _LOG.warning("Replicas: batched cannot run this call (%s). The loop is used for it.", error)
-            return by["loop"]()
+            return run("loop")
 
     def forward(self, x: Any) -> list[Any]:
         """Return the outputs of all replicas on the same ``x``."""
         outputs = []
         for i, tensors in enumerate(one_of(self.stacked, self.n)):
-            outputs.append(call(self.stacked, tensors, x))
+            with self._streams.of(i) if self._streams else nullcontext():
+                outputs.append(call(self.stacked, tensors, x))
             keep_buffers(self.stacked, tensors, i)
         return outputs
+
+    def parameters_of(self, i: int) -> list[nn.Parameter]:
+        """Return the parameters of replica ``i``, with the shapes of the model, for an optimiser of their own.
+
+        They share memory with the stacked ones. With groups of them each replica has a learning rate of its own, and
+        optimisers that work on norms or on matrices treat each replica as they would alone. From the first call on,
+        gradients are found on these parameters and not on ``replicas.parameters()``; give an optimiser those of all
+        replicas.
+
+        Example:
+            >>> replicas = Replicas(nn.Linear(4, 2), n=2)
+            >>> groups = [{"params": replicas.parameters_of(i), "lr": lr} for i, lr in enumerate((0.1, 0.01))]
+            >>> optimizer = torch.optim.Adafactor(groups)
+        """
+        self._check_index("parameters_of", i)
+        if self._apart is None:
+            self._apart = Apart(self.stacked, self.n)
+        return self._apart.of(i)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Clip the gradients of each replica by their norm; return the norms before, one a replica.
+
+        ``torch.nn.utils.clip_grad_norm_`` of all parameters would clip the replicas together.
+
+        Raises:
+            OptionError: if ``max_norm`` is no number above 0.
+        """
+        if not max_norm > 0:
+            raise OptionError(
+                f"clip_grad_norm_(): max_norm: found {max_norm!r}, expected a number above 0. "
+                "Write replicas.clip_grad_norm_(1.0)."
+            )
+        if self._apart is not None:
+            clip = nn.utils.clip_grad_norm_
+            return torch.stack([clip(self._apart.of(i), max_norm, norm_type) for i in range(self.n)])
+        grads = [p.grad for p in self.stacked.parameters() if p.grad is not None]
+        return clip_norms_(grads, max_norm, norm_type) if grads else torch.zeros(self.n)
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make sure that an optimiser trains these replicas, and each as it would alone.
+
+        Raises:
+            OptionError: if it holds none or only some of their parameters, those that get no gradients since
+                `parameters_of`, or mixes replicas because it sees one stacked tensor.
+        """
+        check_optimizer(self.stacked, self._apart, self.n, optimizer)
 
     def replica(self, i: int) -> nn.Module:
         """Return replica ``i`` as a plain model with weights of its own."""
@@ -186,28 +242,51 @@ class Replicas(nn.Module):
             )
         return mean(torch.stack(values))[0]
 
-    def get_extra_state(self) -> Tensor:
-        """Return which back ends were chosen, so that a resumed run computes the same bits."""
-        names = ("", *get_args(Backend))
-        return torch.tensor([names.index(self._chosen.get(situation, "")) for situation in _SITUATIONS])
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all replicas."""
+        super().zero_grad(set_to_none)
+        for parameter in self._apart.all() if self._apart else ():
+            parameter.grad = None
 
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take back the back ends that were chosen before."""
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """Return which back ends were chosen, so that a resumed run computes the same bits, and the random states."""
+        names = ("", *get_args(Backend))
+        chosen = torch.tensor([names.index(self._chosen.get(situation, "")) for situation in _SITUATIONS])
+        return {"chosen": chosen, **(self._streams.state_dict() if self._streams else {})}
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what was chosen before, and the random states."""
         names = (None, *get_args(Backend))
-        chosen = {key: names[int(code)] for key, code in zip(_SITUATIONS, state, strict=True)}
+        chosen = {key: names[int(code)] for key, code in zip(_SITUATIONS, state["chosen"], strict=True)}
         self._chosen = {key: name for key, name in chosen.items() if name is not None}
+        if self._streams:
+            self._streams.load_state_dict(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_apart": None}  # a copy has memory of its own
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Replicas:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._streams is not None:
+            self._streams.move(next(self.stacked.parameters()).device)
+        if self._apart is not None:
+            self._apart.follow()
+        return self
 
     def extra_repr(self) -> str:
         """Return what is shown beside the name."""
         return f"n={self.n}, backend={self.backend!r}"
 
-    def _choice(self, losses: Mapping[Backend, Callable[[], Tensor]]) -> Backend:
+    def _choice(self, losses: Callable[[Backend], Tensor]) -> Backend:
         if self.backend == "loop" or (self.backend == "auto" and self.n == 1):
             return "loop"
         situation = (self.training, torch.is_grad_enabled())
         if situation not in self._chosen:
-            candidates = _MEASURED if self.backend == "auto" else (self.backend,)
-            self._chosen[situation] = choose(self.stacked, losses, candidates)
+            candidates: list[Backend] = ["batched", "vmap"] if self.backend == "auto" else [self.backend]
+            if self._streams:
+                candidates, losses = ["batched"], self._streams.again(losses)
+            measure = self.backend == "auto"
+            self._chosen[situation] = choose(self.stacked, losses, candidates, measure=measure)
         return self._chosen[situation]
 
     def _check_batches(self, batches: str, x: Any, y: Any) -> bool:
@@ -229,6 +308,18 @@ class Replicas(nn.Module):
             raise OptionError(
                 f"{where}(): i: found {i!r}, expected a replica from 0 to {self.n - 1}. Write {where}(0)."
             )
+
+
+def _check_seeds(seeds: Any, n: int, backend: str) -> None:
+    if seeds is None:
+        return
+    if not isinstance(seeds, Sequence) or len(seeds) != n or not all(isinstance(seed, int) for seed in seeds):
+        raise OptionError(f"Replicas(): seeds: found {seeds!r}, expected {n} whole numbers. Write seeds=range({n}).")
+    if backend == "vmap":
+        raise OptionError(
+            "Replicas(): seeds: found backend='vmap', expected another. It draws the numbers of all replicas together. "
+            "Write backend='batched'."
+        )
 
 
 def _starts(model: nn.Module, n: int, init: str | Callable[[int], nn.Module]) -> list[nn.Module]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Streams:
@@ -18,12 +21,15 @@ class Streams:
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self.seeds = list(seeds)
         self.device = device
-        self.states: list[list[Tensor]] = []
-        for seed in seeds:
-            with self._apart():
-                torch.manual_seed(seed)
-                self.states.append(self._now())
+        self.states = [self._fresh(seed) for seed in self.seeds]
+
+    def move(self, device: torch.device) -> None:
+        """Draw on another device from now on, where the streams start anew."""
+        if device != self.device:
+            self.device = device
+            self.states = [[kept[0], *self._fresh(s)[1:]] for kept, s in zip(self.states, self.seeds, strict=True)]
 
     @contextmanager
     def of(self, i: int) -> Iterator[None]:
@@ -43,6 +49,18 @@ class Streams:
                 masks.append(like.new_empty(shape).bernoulli_(1 - p))
         return torch.stack(masks).div_(1 - p)  # (n, *shape)
 
+    def again(self, compute: Callable[[T], Tensor]) -> Callable[[T], Tensor]:
+        """Return a function that draws the same numbers each time, and leaves the streams where they were."""
+
+        def drawing_again(value: T) -> Tensor:
+            before = list(self.states)
+            try:
+                return compute(value)
+            finally:
+                self.states = before
+
+        return drawing_again
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the random states; a resumed run draws on from them."""
         return {f"{i}.{j}": state for i, states in enumerate(self.states) for j, state in enumerate(states)}
@@ -51,6 +69,11 @@ class Streams:
         """Take back random states."""
         for i, states in enumerate(self.states):
             self.states[i] = [state[f"{i}.{j}"] for j in range(len(states))]
+
+    def _fresh(self, seed: int) -> list[Tensor]:
+        with self._apart():
+            torch.manual_seed(seed)
+            return self._now()
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
