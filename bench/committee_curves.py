@@ -1,8 +1,8 @@
 """Draw what bench/committee.py measured over loads: the share of runs that solve, and how long they take.
 
-    python bench/committee_curves.py FILE.json... --svg docs/images/committee.svg
+    python bench/committee_curves.py FILE... --svg docs/images/committee.svg
 
-Reads the rows of all files; runs of one load that differ in their schedule are drawn as one method of that load.
+Reads the runs of all files, which may be the JSON documents or the lines beside them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def points(files: list[Path]) -> dict[str, dict[float, list[dict[str, Any]]]]:
     """Return the rows of all files by method and load."""
     found: dict[str, dict[float, list[dict[str, Any]]]] = {method: defaultdict(list) for method in STYLES}
     for file in files:
-        for row in json.loads(file.read_text())["rows"]:
+        text = file.read_text()
+        rows = [json.loads(line) for line in text.splitlines()] if file.suffix == ".lines" else json.loads(text)["rows"]
+        for row in rows:
             found[row["method"]][row["load"]].append(row)
     return found
 

@@ -153,7 +153,7 @@ def small() -> nn.Module:
     ).double()  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["loop", "vmap"])
+@pytest.mark.parametrize("backend", ["loop", "vmap", "batched"])
 def test_uncoupled_replicas_are_separate_trainings(backend: Any) -> None:
     """Replicas of a model with binary layers train as plain models do: bit for bit in the loop."""
     torch.manual_seed(0)
