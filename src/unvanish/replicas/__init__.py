@@ -17,6 +17,7 @@ from .controls import coupled as coupled
 from .coupling import Coupling as Coupling
 from .kicks import additive as additive
 from .kicks import kick as kick
+from .loader import ReplicaLoader as ReplicaLoader
 from .replicas import Replicas as Replicas
 from .schedules import Automatic as Automatic
 from .schedules import exponential as exponential
@@ -32,6 +33,7 @@ __all__ = [
     "LearningSpeed",
     "Method",
     "Patterns",
+    "ReplicaLoader",
     "Replicas",
     "additive",
     "clip_latent_",

@@ -15,6 +15,7 @@ from ..errors import OptionError
 from .apart import Apart, check_optimizer, clip_norms_
 from .backends import LossFn, call, keep_buffers, one_of
 from .choice import Backend, backends, choose
+from .loader import ReplicaLoader
 from .stack import anew, check_equal, check_model, mean, named_tensors, stack, unstack
 from .stacked import NotUnderstood
 from .statistics import estimate_statistics
@@ -128,6 +129,13 @@ class Replicas(nn.Module):
                 outputs.append(call(self.stacked, tensors, x))
             keep_buffers(self.stacked, tensors, i)
         return outputs
+
+    def loader(self, data: Any, *, batch_size: int | None = None, seed: int = 0) -> ReplicaLoader:
+        """Return a loader that gives each replica the rows of a data set, or of a `DataLoader`, in an order of its own.
+
+        See `ReplicaLoader`; its batches are for ``batches="separate"``.
+        """
+        return ReplicaLoader(data, self.n, batch_size=batch_size, seed=seed)
 
     def parameters_of(self, i: int) -> list[nn.Parameter]:
         """Return the parameters of replica ``i``, with the shapes of the model, for an optimiser of their own.
