@@ -524,6 +524,19 @@ def test_a_lost_replica_starts_again_from_the_centre(force: Force, optimizer_nam
     assert np.isfinite(weights(replicas)).all()
 
 
+def test_a_reset_clears_an_optimiser_of_each_replicas_own_parameters() -> None:
+    """Where each replica has parameters of its own in the memory of the stacked ones, only those of one start anew."""
+    replicas = Replicas(mlp(), n=2)
+    own = [[nn.Parameter(p.detach()[i]) for p in replicas.parameters()] for i in range(2)]
+    optimizer = torch.optim.Adam([p for each in own for p in each])
+    for p in (p for each in own for p in each):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    Coupling(replicas).reset(1, optimizer)
+    assert all(p in optimizer.state and p.grad is not None for p in own[0])
+    assert not any(p in optimizer.state or p.grad is not None for p in own[1])
+
+
 def test_when_all_are_lost_nothing_is_pulled() -> None:
     """Without a finite replica the coupling waits, and a reset has nothing to start from."""
     replicas = column(math.nan, math.inf)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from ..errors import OptionError
 from .binary import latent_levels
 from .forces import FORCES, OWN_CENTRE, Memory, finite_replicas
 from .forces import Force as Force
-from .kicks import Form, check_kick
+from .kicks import Form
 from .precautions import (
     Losses,
     MovementCheck,
@@ -23,7 +23,9 @@ from .precautions import (
     warn_of_nothing_to_do,
 )
 from .replicas import Replicas
+from .restart import clear_states, restart
 from .schedules import Automatic, Strength, check_strength
+from .settings import check_kicks, check_settings
 from .stack import mean, unstack
 from .statistics import estimate_statistics
 
@@ -96,8 +98,8 @@ class Coupling:
         form: Form = "simple",
         compound: bool = True,
     ) -> None:
-        _check(replicas, strength, every, force, scale, outer)
-        _check_binary(replicas, force, gamma, form)
+        check_settings(replicas, strength, every, force, scale, outer)
+        check_kicks(replicas, force, gamma, form)
         self.replicas = replicas
         self.strength = strength
         self.every = every
@@ -206,16 +208,8 @@ class Coupling:
                 f"Coupling.reset(): i: found no finite weights but those of replica {i}, expected others to start it "
                 f"from. Write replicas.load_replica({i}, model)."
             )
-        for name, tensor in (*self._trained().items(), *self.replicas.stacked.named_buffers()):
-            if name in self._memory.centre:
-                tensor[i] = self._memory.centre[name]
-            elif others:
-                tensor[i] = mean(tensor[others])[0]
-        for parameter in self._trained().values():
-            kept = [each.state.get(parameter, {}).values() for each in optimizers]
-            for value in (parameter.grad, *(value for values in kept for value in values)):
-                if isinstance(value, Tensor) and value.shape[:1] == parameter.shape[:1]:
-                    value[i] = 0
+        restart(self.replicas.stacked, i, others, self._memory.centre)
+        clear_states(self.replicas.stacked, i, optimizers)
         self._lost.since.pop(i, None)
 
     def state_dict(self) -> dict[str, Any]:
@@ -325,39 +319,3 @@ def _memory(
     if outer is not None:
         memory.outer = outer(list(memory.centre.values()))
     return memory
-
-
-def _check(replicas: object, strength: object, every: object, force: object, scale: float, outer: object) -> None:
-    """Refuse what cannot be used, before anything is made."""
-    if not isinstance(replicas, Replicas):
-        raise OptionError(
-            f"Coupling(): replicas: found {type(replicas).__name__}, expected Replicas. "
-            "Write Coupling(Replicas(model, n=3))."
-        )
-    if not callable(strength) and not isinstance(strength, Automatic):
-        check_strength(strength)
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise OptionError(f"Coupling(): every: found {every!r}, expected a whole number from 1 on. Write every=10.")
-    if force is not None and force not in get_args(Force):
-        raise OptionError(
-            f"Coupling(): force: found {force!r}, expected {', '.join(map(repr, get_args(Force)))} or None. "
-            "Write force='elastic'."
-        )
-    if not 0 < scale < math.inf:
-        raise OptionError(f"Coupling(): scale: found {scale!r}, expected a finite number above 0. Write scale=1.0.")
-    if callable(outer) != (force == "outer"):
-        raise OptionError(
-            f"Coupling(): outer: found {outer!r} with force={force!r}, expected a function that returns an optimiser, "
-            "with force='outer' only. Write outer=lambda centre: torch.optim.SGD(centre, lr=0.7, momentum=0.9, "
-            "nesterov=True)."
-        )
-
-
-def _check_binary(replicas: Replicas, force: Force | None, gamma: object, form: object) -> None:
-    """Refuse a force for discrete weights where there are none, and what a kick cannot use."""
-    check_kick("Coupling", 1.0 if callable(gamma) else gamma, form)
-    if force == "binary" and not latent_levels(replicas.stacked):
-        raise OptionError(
-            "Coupling(): force: found 'binary' for a model without BinaryLinear or BinaryConv2d, expected a model with "
-            "discrete weights. Write force='elastic'."
-        )
