@@ -31,20 +31,22 @@ from unvanish.replicas.controls import Job, train_one, train_sam
 
 SEARCH = {"seed": 1000, "seeds": 3, "tuning_seeds": 2}
 SEARCH_REPLICAS = (3, 6)
-CONTROLS = ("one network, batch x n", "one network, batch x n, start / sqrt n", "n independent networks")
+UNION = "one network, batch x n"
+CONTROLS = (UNION, "one network, batch x n, start / sqrt n", "n independent networks")
 
 
-def with_decay(job: Job, decay: float) -> dict[str, Any]:
+def with_decay(job: Job, decay: float, *, is_union: bool = False) -> dict[str, Any]:
     """Train one network with weight decay: the plainest way to hold back on few rows."""
 
     def optimizer(parameters: Any, lr: float) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=decay)
 
-    return train_one(replace(job, optimizer=optimizer))
+    return train_one(replace(job, optimizer=optimizer), is_union=is_union)
 
 
 MORE_METHODS = (
     Method("one network, weight decay 0.01", partial(with_decay, decay=0.01), {"": "one network"}),
+    Method(f"{UNION}, weight decay 0.01", partial(with_decay, decay=0.01, is_union=True), {"": UNION}),
     Method("SAM, radius 0.2", partial(train_sam, rho=0.2), {"": "one network"}),
 )
 
