@@ -38,7 +38,7 @@ ORDER = (
     ("check", "session"),
     ("output", "factory"),
     ("patch", "progress"),
-    ("remedy",),
+    ("remedy", "weights"),
     ("demo", "demo_training"),
     ("cli",),
     ("__main__",),

@@ -169,7 +169,7 @@ def test_a_number_beyond_the_dtype_is_refused(tmp_path: Path) -> None:
     assert plan.steps[0].operations == ("transpose", "float64 → float16")
     assert model["fc"].weight[0, 0] == torch.tensor(1 / 3).half()
     np.savez(tmp_path / "w.npz", **{"fc/kernel": np.ones((2, 2), "i4")})
-    with pytest.raises(WeightsError, match="found int32, expected float16. Quantised"):
+    with pytest.raises(WeightsError, match=r"found int32, expected float16. Quantised"):
         load_weights(model, tmp_path / "w.npz")
 
 
@@ -431,3 +431,15 @@ def test_the_way_back_refuses_what_has_no_place() -> None:
 def test_the_face_is_this_function() -> None:
     """`unvanish.load_weights` is the function of the documents."""
     assert unvanish.load_weights is load_weights
+
+
+def test_weights_alone_are_paired_by_the_order_of_their_class(tmp_path: Path) -> None:
+    """Keras numbers the layers of a class in their order; the names that the user gave them tell none."""
+    with h5py.File(tmp_path / "x.weights.h5", "w") as file:
+        for number, (key, label) in enumerate((("dense", "z"), ("dense_1", "a"), ("dense_10", "c"), ("dense_2", "b"))):
+            held = file.create_group(f"layers/{key}/vars")
+            held.attrs["name"] = label
+            held["0"] = np.full((2, 2), number, "f4")
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(4)))
+    load_weights(model, tmp_path / "x.weights.h5")
+    assert [int(layer.weight[0, 0]) for layer in model] == [0, 1, 3, 2]

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -37,6 +38,16 @@ app = typer.Typer(
 Json = Annotated[str, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the verdict only.")]
 NoColor = Annotated[bool, typer.Option("--no-color", help="No colours; NO_COLOR is honoured as well.")]
+
+
+class Layout(StrEnum):
+    """Whose layouts arrays have."""
+
+    keras = "keras"
+    flax = "flax"
+    torch = "torch"
+
+
 Fail = Annotated[
     FailOn, typer.Option("--fail-on", help="Exit with 1 from this severity on; never: also 0 if inconclusive.")
 ]
@@ -232,6 +243,40 @@ def compare(
     ]
     output = Output(json, no_color=no_color)
     output.write(compare_text(runs, output.ink()), compare_document(runs))
+
+
+@app.command(
+    epilog="Exit codes: 0 listed, or the plan is complete; 1 the load would be refused; 2 usage; 3 the file or the "
+    "factory could not be loaded."
+)
+def weights(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help=".keras .h5 .weights.h5 .onnx .msgpack .npz .safetensors .pt, orbax")
+    ],
+    onto: Annotated[
+        str, typer.Option(metavar="TARGET", help="FILE.py:FACTORY or PKG.MOD:FACTORY of the model to load into.")
+    ] = "",
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="LAYER", help="A layer of the model that stays as it is; repeatable.")
+    ] = None,
+    leave: Annotated[
+        list[str] | None, typer.Option(metavar="LAYER", help="A layer of the file that is not used; repeatable.")
+    ] = None,
+    lowest: Annotated[int | None, typer.Option(min=1, help="Only so many of the first layers.")] = None,
+    part: Annotated[str, typer.Option(help="Of a file with several sets of weights, the one to read.")] = "",
+    layout: Annotated[
+        Layout | None, typer.Option(help="Whose layouts the arrays have, where names leave it open.")
+    ] = None,
+    json: Json = "",
+    quiet: Quiet = False,
+    no_color: NoColor = False,
+) -> None:
+    """List what a weights file of another framework holds, or the plan to load it into a model."""
+    output = Output(json, quiet=quiet, no_color=no_color)
+    from .weights import Wanted, show
+
+    family = layout.value if layout else ""
+    raise typer.Exit(show(Wanted(file, onto, tuple(keep or ()), tuple(leave or ()), lowest, part, family), output))
 
 
 @app.command()

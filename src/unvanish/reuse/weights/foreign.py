@@ -44,6 +44,7 @@ class Foreign:
         family: Whose layouts its arrays have.
         layers: With arrays, in the order of the file.
         is_ordered: The order is that in which the layers were made or compute; else only names tell an order.
+        is_kind_ordered: So it is among layers of one kind in one holder, and not between kinds.
         slopes: Of the LeakyReLU layers, in order, where the file tells them.
         notes: What the reader has to say.
     """
@@ -53,5 +54,6 @@ class Foreign:
     family: Family
     layers: tuple[ForeignLayer, ...]
     is_ordered: bool = False
+    is_kind_ordered: bool = False
     slopes: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()

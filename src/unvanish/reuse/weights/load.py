@@ -111,8 +111,14 @@ def _load(plan: Plan, verify: tuple[Any, Any] | None, tolerance: float) -> None:
     plan.is_loaded = True
 
 
-def _check_plan(plan: Plan, *, is_partial: bool, is_proven: bool) -> None:
-    """Refuse a plan that leaves something open."""
+def problems_of(plan: Plan, *, is_partial: bool, is_proven: bool) -> list[str]:
+    """Return why a plan would be refused.
+
+    Args:
+        plan: Complete, but not applied.
+        is_partial: Layers were left out by a word.
+        is_proven: Doubts are settled by a proof, or by a word.
+    """
     problems = list(plan.faults)
     if plan.unfilled:
         problems.append(
@@ -129,6 +135,12 @@ def _check_plan(plan: Plan, *, is_partial: bool, is_proven: bool) -> None:
     if plan.doubts and not is_proven and not problems:
         problems += [f"in doubt: {doubt}" for doubt in plan.doubts]
         problems.append("prove it with verify=(inputs, outputs), or load it unproven with trust=True")
+    return problems
+
+
+def _check_plan(plan: Plan, *, is_partial: bool, is_proven: bool) -> None:
+    """Refuse a plan that leaves something open."""
+    problems = problems_of(plan, is_partial=is_partial, is_proven=is_proven)
     if problems:
         listed = "".join(f"\n  {problem.rstrip('.')}." for problem in problems[:20])
         more = f"\n  and {len(problems) - 20} more." if len(problems) > 20 else ""

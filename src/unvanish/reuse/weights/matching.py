@@ -210,14 +210,23 @@ def _by_kind(
             continue
         if len(members) > len(partners):
             members = [place for place in members if not targets[place].is_tied]
-        order = list(partners) if foreign.is_ordered else sorted(partners, key=lambda n: natural(free[n].name))
-        if not foreign.is_ordered and len(partners) > 1 and not _are_numbered([free[n].name for n in order]):
+        order = _ordered([free[n] for n in partners], foreign)
+        if order is None:
             continue
-        doubt = _doubt([free[n] for n in order]) if foreign.is_ordered else ""
+        doubt = _doubt(order) if foreign.is_ordered else ""
         for number, (place, partner) in enumerate(zip(members, order, strict=False), start=1):
             if not kept[place]:
-                why = f"{free[partner].kind} {number} of the file, {targets[place].kind} {number} of the model"
-                chosen[place] = (free[partner], why, doubt)
+                why = f"{partner.kind} {number} of the file, {targets[place].kind} {number} of the model"
+                chosen[place] = (partner, why, doubt)
+
+
+def _ordered(sources: list[ForeignLayer], foreign: Foreign) -> list[ForeignLayer] | None:
+    """Return layers of one kind in their order; None if neither the file nor their names tell it."""
+    holders = {source.name.rpartition("/")[0] for source in sources}
+    if foreign.is_ordered or len(sources) < 2 or (foreign.is_kind_ordered and len(holders) == 1):
+        return sources
+    ordered = sorted(sources, key=lambda source: natural(source.name))
+    return ordered if _are_numbered([source.name for source in ordered]) else None
 
 
 def _doubt(sources: Sequence[ForeignLayer]) -> str:

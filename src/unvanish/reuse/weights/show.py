@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .foreign import Foreign
+from .foreign import Foreign, ForeignLayer
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -46,12 +46,37 @@ def plan_text(plan: Plan) -> str:
     return _printable("\n".join(lines))
 
 
-def foreign_text(foreign: Foreign) -> str:
-    """Return the content of a file as text."""
+def foreign_document(foreign: Foreign) -> dict[str, Any]:
+    """Return the content of a file as plain data, for JSON."""
+    return {
+        "schema_version": 1,
+        "file": foreign.file,
+        "format": foreign.form,
+        "layers": [
+            {
+                "name": layer.name,
+                "kind": layer.kind,
+                "arrays": [
+                    {"name": role, "shape": list(array.shape), "dtype": str(array.dtype).removeprefix("torch.")}
+                    for role, array in layer.arrays.items()
+                ],
+                "settings": _told(layer),
+            }
+            for layer in foreign.layers
+        ],
+    }
+
+
+def _told(layer: ForeignLayer) -> dict[str, str]:
+    return {key: str(value) for key, value in layer.settings.items() if key in _TOLD}
+
+
+def foreign_text(foreign: Foreign, *, is_short: bool = False) -> str:
+    """Return the content of a file as text; its first line alone if that is enough."""
     rows = []
     for layer in foreign.layers:
         for number, (role, array) in enumerate(layer.arrays.items()):
-            told = ", ".join(f"{key}={value}" for key, value in layer.settings.items() if key in _TOLD)
+            told = ", ".join(f"{key}={value}" for key, value in _told(layer).items())
             first = (layer.name, layer.kind) if number == 0 else ("", "")
             rows.append(
                 (
@@ -64,6 +89,8 @@ def foreign_text(foreign: Foreign) -> str:
             )
     count = sum(array.numel() for layer in foreign.layers for array in layer.arrays.values())
     lines = [f"{foreign.form}: {foreign.file}: {len(foreign.layers)} layers, {len(rows)} arrays, {count:,} numbers"]
+    if is_short:
+        return _printable(lines[0])
     lines += _table(("layer", "kind", "array", "shape", "dtype", "settings"), rows)
     return _printable("\n".join((*lines, *foreign.notes)))
 

@@ -37,14 +37,14 @@ def read_keras(path: Path, budget: Budget, part: str, layout: Family | None) -> 
     nodes = nodes_of(config) if isinstance(config, dict) else []
     with opened(io.BytesIO(weights), budget) as file:
         layers = tuple(_container(file, file.root, "", nodes, 0))
-    return Foreign(str(path), "Keras 3 (.keras)", "keras", layers, bool(nodes), slopes_of(nodes))
+    return Foreign(str(path), "Keras 3 (.keras)", "keras", layers, bool(nodes), not nodes, slopes_of(nodes))
 
 
 def read_weights_h5(path: Path, budget: Budget, part: str, layout: Family | None) -> Foreign:
     """Read a `.weights.h5` file, which says nothing of the settings of its layers."""
     with opened(path, budget) as file:
         layers = tuple(_container(file, file.root, "", [], 0))
-    return Foreign(str(path), "Keras 3 (.weights.h5)", "keras", layers)
+    return Foreign(str(path), "Keras 3 (.weights.h5)", "keras", layers, is_kind_ordered=True)
 
 
 def _container(

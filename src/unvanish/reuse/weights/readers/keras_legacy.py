@@ -43,7 +43,7 @@ def read_h5(path: Path, budget: Budget, part: str, layout: Family | None) -> For
             group = file.child(root, name)
             arrays = {weight: file.array(file.child(group, weight)) for weight in file.text(group, "weight_names")}
             layers += _layers(name, arrays, {node.name: node for node in nodes})
-    return Foreign(str(path), "Keras (.h5)", "keras", tuple(layers), True, slopes_of(nodes))
+    return Foreign(str(path), "Keras (.h5)", "keras", tuple(layers), is_ordered=True, slopes=slopes_of(nodes))
 
 
 def _layers(name: str, arrays: dict[str, Tensor], nodes: dict[str, Node]) -> Iterator[ForeignLayer]:
