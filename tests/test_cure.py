@@ -16,11 +16,12 @@ from tests.traces import make_trace
 from unvanish import Recording
 from unvanish.candidates import FOR_ILLNESS, MAX_CANDIDATES, candidates, combined
 from unvanish.cure import Cure, Request, RunTrials, cure
+from unvanish.diagnose import diagnose
 from unvanish.diagnose.ranking import ORDER
 from unvanish.levels import Outcome
 from unvanish.paired import paired_test
 from unvanish.processes import metric_reader
-from unvanish.records import Finding, Findings
+from unvanish.records import Event, Finding, Findings
 from unvanish.treatments import TREATMENTS
 
 STEPS = 600
@@ -227,3 +228,14 @@ def test_an_interrupted_search_keeps_what_it_has() -> None:
     assert state.winner is None
     assert any(trial.values for trial in state.trials)
     assert state.to_dict()["is_interrupted"] is True
+
+
+def test_arithmetic_that_left_the_finite_numbers_is_made_safe_in_every_trial() -> None:
+    """What a known operation broke is mended first: a lower rate alone might only meet log(0) later."""
+    event = Event(5, "non-finite-loss", {"op": "Log", "smallest_input": 0.0, "layer": "log"})
+    losses = np.concatenate([np.ones(5), np.full(95, np.nan)])
+    findings = diagnose(Recording({}, (make_trace(losses, steps=100, events=(event,)),)))
+    assert findings[0].treatments == ("safe-math",)
+    tried = candidates(findings)
+    assert tried[:2] == (("safe-math",), ("safe-math", "lower-lr=0.1"))
+    assert all(combination[0] == "safe-math" for combination in tried)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .records import Findings
+from .records import Finding, Findings
 
 Combination = tuple[str, ...]  # treatments that are applied together, in this order
 
@@ -49,6 +49,7 @@ FOR_ILLNESS: Mapping[str, tuple[Combination, ...]] = {
         ("orthogonal-init",),
         ("skip-connections",),
         ("normalise-layers",),
+        ("greedy-pretraining",),
     ),
     "non-finite": (
         ("lower-lr=0.1",),
@@ -95,8 +96,14 @@ def candidates(findings: Findings, *, most: int = MAX_CANDIDATES) -> tuple[Combi
 
 def mending(findings: Findings) -> Combination:
     """Return what mends the mistakes that were found in the script; nothing if there are none."""
-    mistakes = [finding.illness for finding in findings if finding.severity != "info" and finding.illness in MISTAKES]
-    return tuple(treatment for illness in mistakes for treatment in FOR_ILLNESS[illness][0])
+    mistakes = [finding for finding in findings if finding.severity != "info" and is_mistake(finding)]
+    repairs = [FOR_ILLNESS[f.illness][0] if f.illness in MISTAKES else f.treatments for f in mistakes]
+    return tuple(dict.fromkeys(treatment for repair in repairs for treatment in repair))
+
+
+def is_mistake(finding: Finding) -> bool:
+    """Say whether a finding is of the script's text: also log(0) and its like, which any rate may come to."""
+    return finding.illness in MISTAKES or finding.treatments == ("safe-math",)
 
 
 def combined(first: Combination, second: Combination) -> Combination:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
 
-from .candidates import MISTAKES, Combination, candidates, combined, mending, with_values
+from .candidates import Combination, candidates, combined, is_mistake, mending, with_values
 from .diagnose import diagnose
 from .levels import MIN_STEPS, Outcome, facts_of, held_out_level, informative_steps, loss_level, start_level
 from .paired import paired_test
@@ -284,7 +284,7 @@ class _Search:
         def level(outcome: Outcome, steps: int) -> float:
             assert outcome.recording is not None
             starts.append(start_level(outcome))
-            mistakes.extend(f.illness for f in diagnose(outcome.recording) if f.illness in MISTAKES)
+            mistakes.extend(f.illness for f in diagnose(outcome.recording) if is_mistake(f))
             return loss_level(outcome, steps)
 
         self._measure([(treated, seed) for seed in range(1, FRESH_SEEDS + 1)], level)

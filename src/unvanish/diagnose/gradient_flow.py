@@ -187,8 +187,17 @@ def non_finite(trace: Trace) -> Iterator[Finding]:
             "bad_losses": int(bad_losses.sum()),
             **({"smallest_input": float(smallest)} if isinstance(smallest, (int, float)) else {}),
         },
-        treatments=("lower-lr", "clip-norm") if operation in ("", "weights") else (),
+        treatments=("lower-lr", "clip-norm") if operation in ("", "weights") else _remedy_of(operation),
     )
+
+
+# What exp and powers make infinite was too large before them.
+_WITH_AN_EDGE = frozenset("Log Log2 Log10 Log1P Sqrt Rsqrt Div Reciprocal Acos Asin".split())
+
+
+def _remedy_of(operation: str) -> tuple[str, ...]:
+    """Return what helps an operation that made the first number that is not finite."""
+    return ("safe-math",) if operation in _WITH_AN_EDGE else ()
 
 
 def dead_units(trace: Trace) -> Iterator[Finding]:

@@ -122,7 +122,8 @@ def terms_of_one_mean(trace: Trace) -> float:
     replicas = max((layer.replicas for layer in trace.layers), default=0)
     factor = 1.0
     if replicas and all(len(path) > 2 and path[1].name == "Stack" for path in paths):
-        factor = float(replicas) if all(path[0].name == "Sum" for path in paths) else math.nan
+        reductions = {path[0].name for path in paths}
+        factor = float(replicas) if reductions == {"Sum"} else 1.0 if reductions == {"Mean"} else math.nan
         paths = [path[2:] for path in paths]
     if len({tuple(op.name for op in path[:2]) for path in paths}) != 1:
         return math.nan
