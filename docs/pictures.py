@@ -122,12 +122,19 @@ def main(images: Path) -> None:
         command = "unvanish compare runs/sick runs/healthy"
         draw(command, terminal_output(command, folder), images / "compare.svg")
         draw_cure(folder, images / "cure.svg")
+    draw_landscapes(images)
 
 
 def draw_cure(folder: Path, file: Path) -> None:
     """Draw the search for a cure of the sick script."""
     command = "unvanish cure train.py"
     draw(command, terminal_output(command, folder), file)
+
+
+def draw_landscapes(images: Path) -> None:
+    """Draw how replicas lie to each other, by how they were trained."""
+    script = DOCS.parent / "bench" / "landscape.py"
+    subprocess.run([sys.executable, str(script), "--seeds", "1", "--draw", str(images)], check=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _RAW, _ALIGNED = "tab:blue", "tab:orange"
 _CENTRE = "black"
+_FAR = 100.0  # nats
 
 
 def draw(found: Landscape, file: Path) -> Path:
@@ -37,7 +38,7 @@ def draw(found: Landscape, file: Path) -> Path:
     _curvature(axes["f"], found)
     _entropy(axes["g"], found)
     try:
-        figure.savefig(file, dpi=110)
+        figure.savefig(file, dpi=90)
     except (OSError, ValueError) as error:
         raise OptionError(
             f"Landscape.draw(): file: found {str(file)!r} ({error}), expected a file that can be written, ending in "
@@ -94,6 +95,7 @@ def _paths(axis: Any, found: Landscape, *, to_centre: bool) -> None:
     axis.set_ylabel("mistakes, %" if found.is_classified else "loss")
     axis.set_xlabel("share of the way")
     if axis.lines:
+        axis.set_ylim(bottom=0.0 if found.is_classified else None)
         axis.legend(fontsize="small")
 
 
@@ -124,7 +126,8 @@ def _entropy(axis: Any, found: Landscape) -> None:
     values = [0.0 if place.entropy is None else place.entropy.value for place in found.places]
     bars = [0.0 if place.entropy is None else place.entropy.uncertainty for place in found.places]
     axis.bar(_names(found), values, yerr=bars, color="tab:olive", capsize=2)
-    axis.set_yscale("symlog", linthresh=10)  # the centre of networks that are far apart has no minimum
+    if max(map(abs, values)) > _FAR:
+        axis.set_yscale("symlog", linthresh=10)  # the centre of networks that are far apart is no minimum
     axis.set_title("local entropy, nats")
     axis.set_xlabel("replica")
 

@@ -13,12 +13,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ...errors import OptionError
+from ...graph import walk
 from ..backends import LossFn, call
 from ..stack import named_tensors
 from ..statistics import estimate_statistics
 
 Weights = dict[str, Tensor]  # parameters and buffers of a model, by name
 Batch = tuple[Any, Any]
+
+_ONCE = "torch::autograd::Error"  # what torch puts behind functions marked once_differentiable
 
 
 class Height(NamedTuple):
@@ -88,7 +91,11 @@ class Surface:
         return Height(loss, wrong / counted if counted else math.nan)
 
     def curve(self, direction: Mapping[str, Tensor]) -> Weights:
-        """Return the Hessian of the loss at the present place times a direction; as many trained parameters."""
+        """Return the Hessian of the loss at the present place times a direction; as many trained parameters.
+
+        Raises:
+            RuntimeError: if something cannot be differentiated twice.
+        """
         total = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         names, parameters = list(self.parameters), list(self.parameters.values())
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
@@ -98,6 +105,8 @@ class Surface:
                 along = sum((g * direction[name]).sum() for name, g in zip(names, grads, strict=True))
                 if not (isinstance(along, Tensor) and along.requires_grad):
                     continue  # a loss that is linear in the weights has no curvature
+                if _ONCE in walk(along.grad_fn)[1]:  # which autograd leaves out, if only some gradients are asked for
+                    raise RuntimeError("an operation in the model or loss can be differentiated only once")
                 seconds = torch.autograd.grad(along, parameters, materialize_grads=True)
                 for name, second in zip(names, seconds, strict=True):
                     total[name].add_(second.detach(), alpha=share)
