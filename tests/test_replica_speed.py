@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import unvanish
 from tests.test_replicas import CASES, OPTIMIZERS, Case, cnn, mlp, train_together, weights
 from unvanish import Coupling, OptionError, RecordError, Recording, Replicas
+from unvanish.diagnose.progress import progress
 from unvanish.records import MEASURES, SPEEDS, Speeds
 from unvanish.replicas import LearningSpeed
 from unvanish.report import Ink, report_text
@@ -366,26 +367,31 @@ HEALTHY = {
 }
 
 
-@pytest.mark.parametrize("is_shared", [True, False])
-@pytest.mark.parametrize("backend", ["loop", "vmap"])
+@pytest.mark.parametrize(
+    ("backend", "is_shared"),
+    [
+        ("loop", True),
+        ("vmap", False),
+        *(pytest.param(*others, marks=pytest.mark.slow) for others in [("loop", False), ("vmap", True)]),
+    ],
+)
 @pytest.mark.parametrize("name", HEALTHY)
 def test_healthy_replicas_are_clean(name: str, backend: Any, is_shared: bool) -> None:
     """Replicas that learn get no finding, whether they start equal or not, and stay equal or not."""
     torch.manual_seed(0)
     replicas = Replicas(HEALTHY[name].make(), 3, "shared" if is_shared else "separate", backend=backend)
-    watched = Watched(replicas, HEALTHY[name], 60)
+    watched = Watched(replicas, HEALTHY[name], 50)
     findings = watched.run.diagnose()
     assert findings.verdict == "clean", str(findings)
     assert watched.trace.losses[-10:].mean() < 0.5 * watched.trace.losses[:3].mean()
 
 
-@pytest.mark.parametrize("backend", ["loop", "vmap"])
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(("n", "backend"), [(1, "loop"), (3, "loop"), (3, "vmap")])
 def test_a_deep_sigmoid_net_in_replicas_is_found_vanishing(n: int, backend: Any) -> None:
     """Twelve layers of sigmoids do not learn as replicas either, and the first layers are named for it."""
     torch.manual_seed(0)
     case = Case(lambda: wide(11, nn.Sigmoid), clouds(16))
-    watched = Watched(Replicas(case.make(), n, backend=backend), case, 80)
+    watched = Watched(Replicas(case.make(), n, backend=backend), case, 60)
     findings = watched.run.diagnose()
     (finding,) = findings.at_least("critical")
     assert (finding.illness, finding.layer) == ("vanishing-gradient", "0")
@@ -429,6 +435,37 @@ def test_equal_replicas_are_not_taken_for_equal_units() -> None:
     ]  # fmt: skip
 
 
+def test_optimisers_of_each_replicas_own_parameters_are_watched() -> None:
+    """Updates of parameters that lie in the memory of the stacked ones are those of the stacked ones."""
+    traces = []
+    for is_apart in (False, True):
+        torch.manual_seed(0)
+        replicas = Replicas(mlp(), n=2)
+        parameters = [p for i in range(2) for p in replicas.parameters_of(i)] if is_apart else replicas.parameters()
+        traces.append(Watched(replicas, steps=12, optimizer=lambda _, own=parameters: sgd(own)).trace)
+    one, other = traces
+    assert one.layers == other.layers
+    for name in ("update_ratio", "weight_rms", "activation_rms", "log2_flow"):
+        assert np.isfinite(other.measures[name][0]).all(), name
+        np.testing.assert_allclose(other.measures[name], one.measures[name], rtol=1e-4)
+    for name in SPEEDS:
+        np.testing.assert_allclose(other.speeds.values[name], one.speeds.values[name], rtol=1e-4)
+
+
+def test_the_loss_of_replicas_is_read_as_a_sum_of_theirs() -> None:
+    """Knowing nothing costs ln 3 a replica: a sum of three is judged against three times as much, a mean against it."""
+    torch.manual_seed(0)
+    for reduce, times in ((torch.sum, 3), (torch.mean, 1)):
+        replicas = Replicas(mlp(), n=3)
+        optimizer = sgd(replicas.parameters())
+        with unvanish.watch(replicas, optimizer, folder=None) as run:
+            for _ in range(12):
+                optimizer.zero_grad()
+                reduce(replicas.losses(F.cross_entropy, *CASES["mlp"].batch())).backward()
+                optimizer.step()
+        assert progress(run.recording().traces[0]).baseline == pytest.approx(times * math.log(3))
+
+
 def test_replicas_are_found_without_being_named() -> None:
     """A watch of everything finds the stacked weights by their optimiser, and sees the layers by their own names."""
     torch.manual_seed(0)
@@ -436,7 +473,7 @@ def test_replicas_are_found_without_being_named() -> None:
     replicas = Replicas(case.make(), n=2)
     watch = Watch()
     watch.attach()
-    train_together(replicas, case, sgd, 80)
+    train_together(replicas, case, sgd, 60)
     watch.close()
     recording = watch.recording()
     (trace,) = recording.traces

@@ -192,6 +192,14 @@ class Roster:
         if isinstance(module, nn.RNNBase) and first_input is not None and first_input.dim() > 1:
             member.sequence = first_input.shape[1 if module.batch_first else 0]
 
+    def owned(self, optimizers: Iterable[torch.optim.Optimizer]) -> frozenset[int]:
+        """Return the ids of all parameters of some optimisers, and of the stacked ones in whose memory they lie."""
+        parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        layers = [module for member in self.members if member.replicas and (module := member.module) is not None]
+        places = {p.untyped_storage().data_ptr() for p in parameters} if layers else set()
+        stacked = (p for layer in layers for _, p in own_parameters(layer))
+        return frozenset(map(id, parameters)) | {id(p) for p in stacked if p.untyped_storage().data_ptr() in places}
+
     def layers(
         self, members: Sequence[Member], known: Sequence[Layer], owned: frozenset[int], elsewhere: frozenset[int]
     ) -> tuple[Layer, ...]:
@@ -258,8 +266,3 @@ def _quietly(question, module: nn.Module):  # type: ignore[no-untyped-def]
             return question(module)
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         return False
-
-
-def parameter_ids(optimizers: Iterable[torch.optim.Optimizer]) -> frozenset[int]:
-    """Return the ids of all parameters of some optimisers."""
-    return frozenset(id(p) for o in optimizers for group in o.param_groups for p in group["params"])

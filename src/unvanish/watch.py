@@ -42,7 +42,7 @@ from .players import (
     player_facts,
 )
 from .records import Event, Recording
-from .roster import Roster, parameter_ids
+from .roster import Roster
 from .staging import Slot, Stage
 from .trace import Recorder, Stream
 from .wraps import Wraps
@@ -420,12 +420,12 @@ class Watch:
         player = self._players.get(id(optimizer))
         if player is not None and player.optimizer is optimizer:
             if len(optimizer.param_groups) != player.groups:
-                player.owned, player.groups = parameter_ids([optimizer]), len(optimizer.param_groups)
+                player.owned, player.groups = self.roster.owned([optimizer]), len(optimizer.param_groups)
                 player.roster_version = -1
             return player
         if self._optimizers and all(optimizer is not known for known in self._optimizers):
             return None
-        owned = parameter_ids([optimizer])
+        owned = self.roster.owned([optimizer])
         if self.roster.models and not any(owned & member.parameters for member in self.roster.members):
             return None
         if not any(owned & member.parameters for member in self.roster.members):
@@ -530,7 +530,7 @@ class Watch:
     def _refresh(self, player: Player) -> None:
         """Bring the facts of a trace up to date; what was freed keeps its last ones."""
         everyone = [p.optimizer for p in self._players.values() if p is not player]
-        elsewhere = parameter_ids(o for o in everyone if o is not None)
+        elsewhere = self.roster.owned(o for o in everyone if o is not None)
         stream = player.stream
         stream.layers = self.roster.layers(player.columns, stream.layers, player.owned, elsewhere)
         stream.facts.update(player_facts(player))
