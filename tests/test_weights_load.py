@@ -19,12 +19,13 @@ from torch import nn
 
 import unvanish
 from tests.test_weights_golden import GOLDEN, case_of, inputs_of
-from tests.weights_nets import KERAS, cnn, onnx_cnn
+from tests.weights_nets import KERAS, cnn, in_this_process, onnx_cnn  # noqa: F401 - a fixture
 from unvanish import OptionError, WeightsError, load_weights
 from unvanish.reuse.weights import operations as ops
 from unvanish.reuse.weights.readers.guard import extra
 from unvanish.untouched import untouched
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
 CNN = GOLDEN / "keras_net_cnn.keras"
 
 

@@ -15,8 +15,10 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from tests.test_weights_golden import GOLDEN
-from tests.weights_nets import KERAS, ONNX, First, onnx_cnn
+from tests.weights_nets import KERAS, ONNX, First, in_this_process, onnx_cnn  # noqa: F401 - a fixture
 from unvanish import WeightsError, load_weights
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 def state(model: nn.Module) -> list[tuple[str, bytes]]:

@@ -61,10 +61,7 @@ def _reader_of(path: Path, budget: Budget) -> Reader:
         start = opened.read(16)
     if start.startswith(b"\x89HDF\r\n\x1a\n"):
         extra("h5py", "keras", path)
-        from .keras3 import read_weights_h5
-        from .keras_legacy import is_legacy, read_h5
-
-        return read_h5 if is_legacy(path) else read_weights_h5
+        return _read_hdf5
     if start.startswith(b"PK\x03\x04"):
         budget.entries(entries_of(path))
         with zipfile.ZipFile(path) as archive:
@@ -93,6 +90,16 @@ def _reader_of(path: Path, budget: Budget) -> Reader:
         ".keras, .h5, .weights.h5, .onnx, .msgpack, .npz, .safetensors or .pt",
         "A checkpoint of TensorFlow can be saved as .npz with TensorFlow",
     )
+
+
+def _read_hdf5(path: Path, budget: Budget, part: str, layout: Family | None) -> Foreign:
+    """Read either form of Keras's files."""
+    from .hdf5 import read_tree
+    from .keras3 import read_weights_h5
+    from .keras_legacy import is_legacy, read_h5
+
+    tree = read_tree(path, budget)
+    return read_h5(path, tree) if is_legacy(tree) else read_weights_h5(path, tree)
 
 
 __all__ = ["Family", "WeightsError", "read_weights"]

@@ -1,124 +1,165 @@
-"""HDF5 files, of which only what lies in them is read.
+"""HDF5 files, parsed in a process of its own: on damaged ones the library may hang or crash.
 
-The library follows links to other files, raw data elsewhere and virtual data sets, so a file of a few kilobytes can
-bring the bytes of any other file as weights, or declare terabytes that are not stored. Each is looked for and refused
-before a byte is read.
-
-Source: CVE-2026-1669 and CVE-2025-9905 (Keras), which name these ways.
+A few bytes flipped in a file of Keras made it loop for ever: see `tests/test_weights_hostile.py`. The process has
+limits of time and memory; `dump_hdf5` is what runs in it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import h5py
+import numpy as np
 from torch import Tensor
 
-from .guard import Budget, natural, refused, tensor_of
+from .guard import MOST_LEVELS, Budget, natural, refused, tensor_of
 
-_KNOWN_FILTERS = {1, 2, 3, 4, 5, 6, 32000}  # deflate, shuffle, fletcher32, szip, nbit, scale-offset, lzf
-_MOST_TEXT = 1 << 16
+_SCRIPT = Path(__file__).with_name("dump_hdf5.py")
+_SECONDS = 5  # of computing; a file of some megabytes takes less than one, most of it the start
+_BYTES_A_SECOND = 10_000_000
+_LONGEST_DOCUMENT = 1 << 28
 
 
-class SafeFile:
-    """A file of HDF5 whose links and sizes are checked before they are followed.
+@dataclass(frozen=True)
+class Entry:
+    """A group or an array of a file, as plain data.
 
     Args:
-        opened: The file.
-        budget: What it may ask for.
+        texts: Attributes that are texts.
+        entries: Of a group, numbers in names sorted by size.
+        array: Of an array.
     """
 
-    def __init__(self, opened: h5py.File, budget: Budget) -> None:
-        self.root: h5py.Group = opened
-        self.budget = budget
-        self._seen: set[Any] = set()
+    texts: Mapping[str, list[str]]
+    entries: Mapping[str, Entry]
+    array: Tensor | None = None
 
-    def children(self, group: h5py.Group, depth: int = 0) -> dict[str, Any]:
-        """Return what a group holds, numbers sorted by size; a group is opened once only."""
-        self.budget.level(depth)
-        self._once(group)
-        self.budget.entries(group.id.get_num_objs())
-        found = {}
-        for name in sorted(group, key=natural):
-            self._check_link(group, name)
-            found[name] = group[name]
-        return found
-
-    def child(self, group: h5py.Group, name: str) -> Any:
-        """Return one entry of a group by its path, each part of which is checked."""
-        here: Any = group
-        self.budget.entries()
-        parts = [part for part in name.split("/") if part not in ("", ".")]
-        self.budget.level(len(parts))
-        for part in parts:
-            if not isinstance(here, h5py.Group) or part not in here:
-                raise self._refused(f"no entry {name!r}", "one, because the file's own list names it")
-            self._check_link(here, part)
-            here = here[part]
-        return here
-
-    def text(self, entry: Any, name: str) -> list[str]:
+    def text(self, name: str) -> list[str]:
         """Return an attribute of texts, also one that was cut in numbered parts; empty if there is none."""
-        if name in entry.attrs:
-            return self._texts(entry, name)
+        if name in self.texts:
+            return self.texts[name]
         found: list[str] = []
         number = 0
-        while f"{name}{number}" in entry.attrs:
-            found += self._texts(entry, f"{name}{number}")
+        while f"{name}{number}" in self.texts:
+            found += self.texts[f"{name}{number}"]
             number += 1
         return found
 
-    def _texts(self, entry: Any, name: str) -> list[str]:
-        attribute = entry.attrs.get_id(name)
-        self.budget.entries(math.prod(attribute.shape))
-        value = entry.attrs[name]
-        values = [value] if isinstance(value, (str, bytes)) else list(getattr(value, "flat", ()))
-        return [item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in values]
+    def find(self, path: str) -> Entry:
+        """Return what stands under a path.
 
-    def array(self, entry: Any) -> Tensor:
-        """Read a data set, after it was seen to lie in the file."""
-        if not isinstance(entry, h5py.Dataset):
-            raise self._refused("a group", "an array")
-        plist = entry.id.get_create_plist()
-        if entry.external is not None or plist.get_external_count():
-            raise self._refused(f"array {entry.name!r} with its data in another file", "data in the file itself")
-        if entry.is_virtual:
-            raise self._refused(f"array {entry.name!r} that is a view of other files", "data in the file itself")
-        if any(plist.get_filter(number)[0] not in _KNOWN_FILTERS for number in range(plist.get_nfilters())):
-            raise self._refused(f"array {entry.name!r} with a filter of its own", "the filters that HDF5 brings")
-        if entry.dtype.kind not in "fiubV" or entry.dtype.hasobject:
-            raise self._refused(f"array {entry.name!r} of type {entry.dtype}", "numbers")
-        size = math.prod(entry.shape) * entry.dtype.itemsize
-        if size and not entry.id.get_storage_size():
-            raise self._refused(f"array {entry.name!r} that declares {size:,} bytes and stores none", "stored data")
-        self.budget.bytes(size)
-        dtype = entry.attrs.get("dtype", "") if "dtype" in entry.attrs else ""
-        dtype = dtype.decode() if isinstance(dtype, bytes) else str(dtype)
-        return tensor_of(entry[()], "bfloat16" if dtype == "bfloat16" else "")
+        Raises:
+            ValueError: if nothing does.
+        """
+        here = self
+        for part in path.split("/"):
+            if part not in ("", "."):
+                if part not in here.entries:
+                    raise ValueError(f"no entry {path!r}, which the file's own list names")
+                here = here.entries[part]
+        return here
 
-    def _check_link(self, group: h5py.Group, name: str) -> None:
-        link = group.get(name, getlink=True)
-        if not isinstance(link, h5py.HardLink):
-            raise self._refused(
-                f"entry {name!r} that links elsewhere ({type(link).__name__})", "data in the file itself"
-            )
-
-    def _once(self, group: h5py.Group) -> None:
-        address = h5py.h5o.get_info(group.id).addr
-        if address in self._seen:
-            raise self._refused(f"group {group.name!r} met twice", "a tree")
-        self._seen.add(address)
-
-    def _refused(self, found: str, expected: str) -> Exception:
-        return refused(self.budget.file, found, expected, "Do not trust this file")
+    def arrays(self) -> list[Tensor]:
+        """Return the arrays that stand in a group, in their order."""
+        return [entry.array for entry in self.entries.values() if entry.array is not None]
 
 
-@contextmanager
-def opened(source: Path | IO[bytes], budget: Budget) -> Iterator[SafeFile]:
-    """Open a file, or what was read of an archive, for reading."""
-    with h5py.File(source, "r") as file:
-        yield SafeFile(file, budget)
+def read_tree(source: Path | bytes, budget: Budget) -> Entry:
+    """Return all groups and arrays of a file, or of one that was read from an archive.
+
+    Raises:
+        WeightsError: if the file asks for what it may not, is damaged, or takes too long.
+    """
+    content = source if isinstance(source, bytes) else None
+    size = len(content) if content is not None else budget.file.stat().st_size
+    seconds = _SECONDS + size // _BYTES_A_SECOND
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-P",
+            str(_SCRIPT),
+            "-" if content is not None else str(source),
+            json.dumps(limits(budget)),
+            str(seconds),
+        ],
+        stdin=subprocess.DEVNULL if content is None else subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=_environment(),
+    )
+    guard = threading.Timer(20 * seconds, process.kill)  # where the time of computing cannot be limited
+    guard.start()
+    try:
+        assert process.stdout is not None
+        if content is not None and process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(content)
+        return received(process.stdout, budget)
+    except _EndedEarlyError as error:
+        found = f"damaged content (HDF5's own library did not finish, {process.wait()})"
+        raise refused(budget.file, found, "a file as its framework writes it", "Save it anew") from error
+    finally:
+        guard.cancel()
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def limits(budget: Budget) -> dict[str, int]:
+    """Return what the process may take."""
+    return {"entries": budget.entries_left, "size": budget.bytes_left, "levels": MOST_LEVELS}
+
+
+class _EndedEarlyError(Exception):
+    """The process wrote less than it said."""
+
+
+def received(stream: IO[bytes], budget: Budget) -> Entry:
+    """Build the tree that the process wrote."""
+    length = int.from_bytes(_exactly(stream, 8), "little")
+    if length > _LONGEST_DOCUMENT:
+        raise _EndedEarlyError
+    document = json.loads(_exactly(stream, length))
+    if "refused" in document:
+        raise refused(budget.file, *document["refused"])
+    if "damaged" in document:
+        raise ValueError(document["damaged"])
+    return _entry(document["tree"], stream, budget)
+
+
+def _entry(tree: Mapping[str, Any], stream: IO[bytes], budget: Budget) -> Entry:
+    """Build the tree; arrays stand in the stream in the order in which the tree names them."""
+    budget.entries()
+    texts = {str(name): list(map(str, values)) for name, values in tree["texts"].items()}
+    if "entries" in tree:
+        found = {name: _entry(inner, stream, budget) for name, inner in tree["entries"].items()}
+        return Entry(texts, {name: found[name] for name in sorted(found, key=natural)})
+    dtype, shape = np.dtype(tree["dtype"]), tuple(tree["shape"])
+    size = math.prod(shape) * dtype.itemsize
+    budget.bytes(size)
+    array = np.frombuffer(_exactly(stream, size), dtype).reshape(shape)
+    is_marked = texts.get("dtype") == ["bfloat16"]  # so Keras marks what HDF5 has no type for
+    return Entry(texts, {}, tensor_of(array, "bfloat16" if is_marked else ""))
+
+
+def _exactly(stream: IO[bytes], size: int) -> bytes:
+    content = stream.read(size)
+    if len(content) != size:
+        raise _EndedEarlyError
+    return content
+
+
+def _environment() -> dict[str, str]:
+    """Return an environment in which the same packages are found, and no plugins of HDF5."""
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "HDF5_PLUGIN_PRELOAD": "::"}

@@ -10,12 +10,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import h5py
 from torch import Tensor
 
-from ..foreign import Family, Foreign, ForeignLayer
-from .guard import Budget, refused
-from .hdf5 import opened
+from ..foreign import Foreign, ForeignLayer
+from .hdf5 import Entry
 from .keras_config import KINDS, Node, nodes_of, settings_of, slopes_of
 from .keras_layers import named
 
@@ -23,26 +21,23 @@ _DIRECTIONS = ("forward_", "backward_")
 _PARTS = ("query", "key", "value", "attention_output")
 
 
-def is_legacy(path: Path) -> bool:
+def is_legacy(tree: Entry) -> bool:
     """Say whether a file of HDF5 has the older form."""
-    with h5py.File(path, "r") as file:
-        return any(name.startswith("layer_names") for name in file.attrs) or "model_weights" in file
+    return any(name.startswith("layer_names") for name in tree.texts) or "model_weights" in tree.entries
 
 
-def read_h5(path: Path, budget: Budget, part: str, layout: Family | None) -> Foreign:
+def read_h5(path: Path, tree: Entry) -> Foreign:
     """Read a whole model, or weights alone, in the older form."""
-    with opened(path, budget) as file:
-        config = file.text(file.root, "model_config")
-        model = json.loads(config[0]) if config else {}
-        nodes = nodes_of(model) if isinstance(model, dict) else []
-        root = file.child(file.root, "model_weights") if "model_weights" in file.root else file.root
-        if not isinstance(root, h5py.Group):
-            raise refused(path, "an array 'model_weights'", "a group", "Save it anew")
-        layers: list[ForeignLayer] = []
-        for name in file.text(root, "layer_names"):
-            group = file.child(root, name)
-            arrays = {weight: file.array(file.child(group, weight)) for weight in file.text(group, "weight_names")}
-            layers += _layers(name, arrays, {node.name: node for node in nodes})
+    config = tree.text("model_config")
+    model = json.loads(config[0]) if config else {}
+    nodes = nodes_of(model) if isinstance(model, dict) else []
+    root = tree.entries.get("model_weights", tree)
+    by_name = {node.name: node for node in nodes}
+    layers: list[ForeignLayer] = []
+    for name in root.text("layer_names"):
+        group = root.find(name)
+        found = {weight: group.find(weight).array for weight in group.text("weight_names")}
+        layers += _layers(name, {weight: array for weight, array in found.items() if array is not None}, by_name)
     return Foreign(str(path), "Keras (.h5)", "keras", tuple(layers), is_ordered=True, slopes=slopes_of(nodes))
 
 
