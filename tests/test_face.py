@@ -13,7 +13,7 @@ import unvanish
 FACE = """
     DEFAULT_RULES EarlyStopping Finding Findings Layer LayerError OptionError RecordError Recording Run
     StaleCacheError TargetError Trace TreatmentError UnvanishError WeightsError __version__ Changes Coupling Replicas
-    cache_features check diagnose freeze_to landscape load_weights read_recording thaw treat watch without
+    cache_features check diagnose freeze_to landscape load_weights pretrain read_recording thaw treat watch without
 """.split()
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .reuse.cache import cache_features as cache_features
     from .reuse.freeze import freeze_to as freeze_to
     from .reuse.freeze import thaw as thaw
+    from .reuse.pretrain import pretrain as pretrain
     from .reuse.weights import load_weights as load_weights
     from .session import Run as Run
     from .session import watch as watch
@@ -58,6 +59,7 @@ _NEEDS_TORCH = {
     "cache_features": "reuse.cache",
     "freeze_to": "reuse.freeze",
     "thaw": "reuse.freeze",
+    "pretrain": "reuse.pretrain",
     "load_weights": "reuse.weights",
 }
 
@@ -88,6 +90,7 @@ __all__ = [
     "freeze_to",
     "landscape",
     "load_weights",
+    "pretrain",
     "read_recording",
     "thaw",
     "treat",

@@ -19,6 +19,7 @@ from .augment import augment_mirror, augment_noise, augment_rotate, augment_rota
 from .capacity import limit_units
 from .gradients import adaptive_clip, clip_norm, clip_value, normalise_layers
 from .initialise import he_init, lecun_init, lsuv_init, orthogonal_init, xavier_init
+from .learnt import greedy_pretraining, transfer
 from .loop import (
     add_to_optimizer,
     descend,
@@ -76,6 +77,8 @@ TREATMENTS: Mapping[str, Callable[..., Treatment]] = {
     "logits-loss": logits_loss,
     "match-target-shape": match_target_shape,
     "safe-math": safe_math,
+    "greedy-pretraining": greedy_pretraining,
+    "transfer": transfer,
 }
 
 
