@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +244,14 @@ def test_the_exporter_that_does_not_fold_needs_no_word() -> None:
     """A graph with its batch norms loads into the net with them, by the kinds of its nodes."""
     plan = load_weights(ONNX["net_cnn_whole"].build(), GOLDEN / "onnx_net_cnn_whole.onnx")
     assert {step.names[0] for step in plan.steps} >= {"1.running_var", "4.running_var"}
+
+
+def test_a_net_with_channels_first_is_in_doubt(tmp_path: Path) -> None:
+    """Keras with channels first flattens as torch does: said, because rows would be reordered for nothing."""
+    with zipfile.ZipFile(GOLDEN / "keras_conv2d.keras") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members["config.json"] = members["config.json"].replace(b"channels_last", b"channels_first")
+    with zipfile.ZipFile(tmp_path / "first.keras", "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    refused(KERAS["conv2d"].build(), tmp_path / "first.keras", "the file's net has channels first")

@@ -4,7 +4,7 @@ The kind of the source and the class of the target choose the rule; shapes are o
 a file does not name the kind of a layer, the class of the target decides among the kinds that it can be.
 
 Source: the layouts were read from files that the frameworks wrote, and are held to their own outputs by
-`tests/test_weights_golden.py`; ONNX: its operator specification (Gemm, Conv, LSTM, GRU).
+`tests/test_weights_golden.py`; ONNX operator specification (Gemm, Conv, LSTM, GRU).
 """
 
 from __future__ import annotations

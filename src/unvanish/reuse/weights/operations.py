@@ -6,7 +6,6 @@ way back needs no second set of rules.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -221,8 +220,3 @@ def back(operations: Sequence[Operation], tensors: list[Tensor]) -> list[Tensor]
     for operation in reversed(operations):
         tensors = operation.back(tensors)
     return [tensor.contiguous() for tensor in tensors]
-
-
-def size_of(shape: Sequence[int]) -> int:
-    """Return how many numbers a shape holds."""
-    return math.prod(shape)

@@ -71,6 +71,7 @@ def compare_settings(source: ForeignLayer, target: Target, family: Family, epsil
     where = f"{target.name!r} from {source.name!r}"
     faults = [*_axis(source, target), *_shape(source, target), *_activations(source, target)]
     padding_faults, doubts = check_padding(source, target, family)
+    doubts += _channels_first(source, target)
     changes, more = _norm(source, target, family, epsilon)
     return Verdict(
         tuple(changes),
@@ -113,11 +114,22 @@ def _axis(source: ForeignLayer, target: Target) -> Iterator[str]:
     last = ([-1], [rank]) if rank else ([-1], *_LAST_AXES.get(target.kind, ([1], [2], [3], [4])))
     if isinstance(target.module, nn.LayerNorm) and axis is not None and axes not in last and len(axes) == 1:
         yield f"found axis={axis}, expected the last one, which is what nn.LayerNorm normalises. Build it by hand"
-    if isinstance(target.module, BATCH_NORM) and axis is not None and axes not in last:
+    if isinstance(target.module, BATCH_NORM) and axis is not None and axes not in (*last, [1]):
         yield f"found axis={axis}, expected the last one, the channels of Keras. Save it with channels last"
     groups = source.settings.get("groups")
     if isinstance(target.module, nn.GroupNorm) and groups and groups not in (-1, target.module.num_groups):
         yield f"found {groups} groups, expected {target.module.num_groups}. Build nn.GroupNorm with {groups} groups"
+
+
+def _channels_first(source: ForeignLayer, target: Target) -> Iterator[str]:
+    """Tell of a net with channels first: its arrays are laid out alike, and a map is flattened as torch does it."""
+    axis = source.settings.get("axis")
+    is_second = isinstance(target.module, (nn.BatchNorm2d, nn.BatchNorm3d)) and axis in (1, [1])
+    if is_second or source.settings.get("data_format") == "channels_first":
+        yield (
+            "the file's net has channels first, as torch; if it flattens a map, that is in torch's order already. "
+            "Write flatten='channels_last' for it, and prove it"
+        )
 
 
 def _shape(source: ForeignLayer, target: Target) -> Iterator[str]:

@@ -3,6 +3,8 @@
 Every reader counts entries and bytes against a budget before it takes them, so that a hostile file is refused in
 bounded time and memory. A format is told by the first bytes of the file; only ONNX and msgpack, which have no mark,
 by the end of its name.
+
+Source: CVE-2025-9905 (Keras): loading a model, rather than its arrays, runs what its file names.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ refused before a byte is read.
 Written is the length of a document, the document, and the bytes of all arrays in their order. This file imports nothing
 of its package: it starts in a fraction of a second, without torch.
 
-Source: CVE-2026-1669 and CVE-2025-9905 (Keras), which name these ways.
+Source: CVE-2026-1669 (Keras), which names these ways; the merged answer to it in tf-keras (#921).
 """
 
 from __future__ import annotations
