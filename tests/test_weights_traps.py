@@ -255,3 +255,27 @@ def test_a_net_with_channels_first_is_in_doubt(tmp_path: Path) -> None:
         for name, content in members.items():
             archive.writestr(name, content)
     refused(KERAS["conv2d"].build(), tmp_path / "first.keras", "the file's net has channels first")
+
+
+@pytest.mark.parametrize("name", ["keras_attention.keras", "keras_attention.h5", "flax_attention.msgpack"])
+def test_attention_into_four_linear_layers_is_in_doubt_until_proven(name: str) -> None:
+    """A model with layers of its own for query, key, value and output: heads and order are settled by a proof."""
+
+    class Attention(nn.Module):
+        def __init__(self, heads: int) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+            self.heads = heads
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+            return self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    file, (x, y) = GOLDEN / name, proof(name.split(".")[0], channels=False)
+    (holder,) = {layer.name for layer in load_weights(nn.MultiheadAttention(8, 2), file, apply=False).foreign.layers}
+    said = {"q": "query", "k": "key", "v": "value", "o": "output"}
+    words = {ours: f"{holder}/{theirs}".strip("/") for ours, theirs in said.items()}
+    refused(Attention(2), file, "attention has 2 heads, which an nn.Linear does not tell", names=words)
+    refused(Attention(4), file, "outputs differ", names=words, verify=(x, y))
+    refused(Attention(2), file, "outputs differ", names={**words, "q": words["k"], "k": words["q"]}, verify=(x, y))
+    load_weights(Attention(2), file, names=words, verify=(x, y), tolerance=1e-5)

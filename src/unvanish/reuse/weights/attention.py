@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
 from torch import nn
 
-from .foreign import Family, ForeignLayer
+from .foreign import Family, Foreign, ForeignLayer
 from .moves import Move, refuse
 from .operations import Fill, Join, Operation, Permute, Reshape
 from .targets import Target
 
 PARTS = ("query", "key", "value")
+
+
+def split_attention(foreign: Foreign, targets: Sequence[Target]) -> Foreign:
+    """Make four layers of each layer of attention, for a model that has `nn.Linear` in its place."""
+    if any(isinstance(target.module, nn.MultiheadAttention) for target in targets):
+        return foreign
+    layers: list[ForeignLayer] = []
+    for layer in foreign.layers:
+        layers += _projections(layer) if layer.kind == "MultiHeadAttention" else [layer]
+    return replace(foreign, layers=tuple(layers))
+
+
+def _projections(source: ForeignLayer) -> Iterator[ForeignLayer]:
+    for part in (*PARTS, "output"):
+        roles = [role for role in source.arrays if role.startswith(f"{part}/")]
+        arrays = {role.removeprefix(f"{part}/"): source.arrays[role] for role in roles}
+        if arrays:
+            yield ForeignLayer(source.place(part), "Projection", arrays, source.settings)
+
+
+def projection(source: ForeignLayer, target: Target, family: Family, flat: object) -> list[Move]:
+    """Return the moves of one of the four kernels of attention to an `nn.Linear`."""
+    kernel = tuple(source.arrays["kernel"].shape)
+    is_output = source.name.endswith("output")
+    rows = kernel[0] * kernel[1] if is_output else kernel[0]
+    matrix = (rows, kernel[2] if is_output else kernel[1] * kernel[2])
+    found = [Move(("kernel",), ("weight",), (Reshape(kernel, matrix), Permute((1, 0))))]
+    if "bias" in source.arrays and "bias" in target.tensors:
+        shape = tuple(source.arrays["bias"].shape)
+        return [*found, Move(("bias",), ("bias",), (Reshape(shape, (matrix[1],)),))]
+    if "bias" in source.arrays:
+        raise refuse(source, target, "found a bias in the file, expected none", "Build the layer with bias=True.")
+    if "bias" in target.tensors:
+        found.append(Move((), ("bias",), (Fill(0.0, (matrix[1],)),)))
+    return found
 
 
 def attention(source: ForeignLayer, target: Target, family: Family, flat: object) -> list[Move]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from .attention import attention
+from .attention import attention, projection
 from .foreign import Family, ForeignLayer
 from .moves import Move, refuse
 from .operations import Fill, Flip, Operation, Permute, Reshape, channels_first, flatten_rows
@@ -77,7 +77,7 @@ def _can_hold(source: ForeignLayer, target: Target) -> bool:
         return True
     rank = kernel.dim()
     if isinstance(target.module, nn.Linear):
-        return rank == 2
+        return rank == (3 if source.kind == "Projection" else 2)
     for number, types in enumerate(zip(CONV, CONV_TRANSPOSE, strict=True), start=1):
         if isinstance(target.module, types):
             module: Any = target.module
@@ -208,6 +208,7 @@ def _prelu(source: ForeignLayer, target: Target, family: Family, flat: Flat) -> 
 # (classes of torch, kinds that they can hold, the rule); the first that fits is taken
 RULES: tuple[tuple[tuple[type[nn.Module], ...], tuple[str, ...], Rule], ...] = (
     ((nn.Linear,), ("Dense", "Kernel"), _dense),
+    ((nn.Linear,), ("Projection",), projection),
     (CONV, ("Conv", "DepthwiseConv", "Kernel"), _conv),
     (CONV_TRANSPOSE, ("ConvTranspose", "Kernel"), _conv_transpose),
     (BATCH_NORM, ("BatchNorm",), _norm),

@@ -10,6 +10,7 @@ from torch import nn
 
 from ...errors import OptionError, WeightsError
 from .apply import written
+from .attention import split_attention
 from .folded import unfolded
 from .foreign import Family
 from .matching import Wanted, match
@@ -84,6 +85,7 @@ def load_weights(
     _check(model, verify, lowest, flatten, folded_batch_norm, tolerance)
     foreign = read_weights(file, part=part, layout=layout)
     targets = targets_of(model)
+    foreign = split_attention(foreign, targets)
     words = Wanted(names or {}, tuple(keep), tuple(leave), lowest)
     pairs, folded = unfolded(match(targets, foreign, words), is_identity=folded_batch_norm == "identity")
     plan = make_plan(model, foreign, pairs, epsilon=epsilon, is_flatten_kept=flatten == "channels_last")

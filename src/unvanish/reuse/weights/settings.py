@@ -71,7 +71,7 @@ def compare_settings(source: ForeignLayer, target: Target, family: Family, epsil
     where = f"{target.name!r} from {source.name!r}"
     faults = [*_axis(source, target), *_shape(source, target), *_activations(source, target)]
     padding_faults, doubts = check_padding(source, target, family)
-    doubts += _channels_first(source, target)
+    doubts += [*_channels_first(source, target), *_heads(source)]
     changes, more = _norm(source, target, family, epsilon)
     return Verdict(
         tuple(changes),
@@ -130,6 +130,13 @@ def _channels_first(source: ForeignLayer, target: Target) -> Iterator[str]:
             "the file's net has channels first, as torch; if it flattens a map, that is in torch's order already. "
             "Write flatten='channels_last' for it, and prove it"
         )
+
+
+def _heads(source: ForeignLayer) -> Iterator[str]:
+    """Tell what the model has to do with the parts of attention itself."""
+    if source.kind == "Projection":
+        heads = source.arrays["kernel"].shape[0 if source.name.endswith("output") else 1]
+        yield f"the file's attention has {heads} heads, which an nn.Linear does not tell; its parts look alike"
 
 
 def _shape(source: ForeignLayer, target: Target) -> Iterator[str]:
