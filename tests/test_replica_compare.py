@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from unvanish import OptionError
 from unvanish.replicas import STANDARD_METHODS, Comparison, Method, Replicas, compare, coupled
+from unvanish.replicas.compare import explained_percent
 from unvanish.replicas.comparison import Row
 from unvanish.replicas.controls import Job, sharpness_aware_gradient, train_one, train_replicas, train_sam, train_swa
 
@@ -318,6 +319,14 @@ def test_the_table_has_mean_spread_and_paired_difference() -> None:
     assert (row["difference"], row["error"]) == (1.0, pytest.approx(1 / math.sqrt(3)))
 
 
+def test_a_control_that_was_not_trained_leaves_a_gap() -> None:
+    """A row whose control is not in the table is shown without a difference, and with null in the JSON."""
+    same = {"score": "accuracy_percent", "n": 3, "seeds": 2, "steps": 12, "batch": 5}
+    result = Comparison((Row("b", "a", 0.1, True, 60, (2.0, 4.0), 1.0),), same)
+    assert "±" not in str(result).splitlines()[1]
+    assert json.loads(result.to_json())["rows"][0]["difference"] is None
+
+
 def test_the_same_seed_gives_the_same_table() -> None:
     """A comparison is a function of its arguments: the caller's random state neither matters nor changes."""
 
@@ -348,12 +357,15 @@ def test_progress_goes_to_standard_error_only(capsys: pytest.CaptureFixture[str]
 
 
 def test_regression_is_scored_by_the_explained_variance() -> None:
-    """With real targets the score is 100 (1 - error / variance): 100 for a solved linear task."""
+    """With real targets the score is 100 (1 - error / variance): 0 for their mean, 100 for a solved linear task."""
     x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     data = (x, x @ torch.tensor([[1.0], [-1.0], [0.5], [0.0]]))
     settings = SMALL | {"steps": 300, "batch": 16, "methods": STANDARD_METHODS[:1]}
     result = compare(lambda: nn.Linear(4, 1), F.mse_loss, data, data, **settings)
     assert result["one network"].mean == pytest.approx(100, abs=0.01)
+    y = 3 * data[1]
+    assert explained_percent(y.mean().expand_as(y), y) == pytest.approx(0, abs=1e-4)
+    assert explained_percent(y + y.std(correction=0) / 2, y) == pytest.approx(75, abs=1e-4)
 
 
 # --- bad input

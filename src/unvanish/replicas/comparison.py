@@ -58,11 +58,16 @@ class Comparison:
         differences = [a - b for a, b in zip(self[name].scores, self[against].scores, strict=True)]
         return statistics.fmean(differences), _deviation(differences) / math.sqrt(len(differences))
 
+    def _against_control(self, row: Row) -> tuple[float, float] | None:
+        """Return the paired difference to the matched control, if that is in the table."""
+        is_here = any(other.name == row.against for other in self.rows)
+        return self.paired(row.name, row.against) if row.against and is_here else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; what is not a finite number is None."""
         rows = []
         for row in self.rows:
-            difference, error = self.paired(row.name, row.against) if row.against else (math.nan, math.nan)
+            difference, error = self._against_control(row) or (math.nan, math.nan)
             computed = {"mean": row.mean, "spread": row.spread, "difference": difference, "error": error}
             rows.append(asdict(row) | computed)
         document: dict[str, Any] = _finite({"schema_version": 1, "settings": dict(self.settings), "rows": rows})
@@ -78,9 +83,8 @@ class Comparison:
         for row in self.rows:
             lr = f"{row.lr:g}" + "*" * row.at_edge
             line = f"{row.name:<{width}}  {lr:>7}  {row.mean:7.2f}  {row.spread:6.2f}"
-            if row.against:
-                difference, error = self.paired(row.name, row.against)
-                line += f"  {difference:+6.2f} ± {error:.2f}  {row.against}"
+            if paired := self._against_control(row):
+                line += f"  {paired[0]:+6.2f} ± {paired[1]:.2f}  {row.against}"
             lines.append(line)
         same = self.settings
         lines.append(
