@@ -119,6 +119,19 @@ def test_lost_and_frozen_weights_are_left_out() -> None:
         assert np.isfinite(found.values[name][:, [0, 2]]).all()
 
 
+def test_single_numbers_and_empty_parameters_are_no_obstacle() -> None:
+    """A parameter that is one number counts as others do; one without entries has no part in it."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain, self.nothing = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.zeros(0, 3))
+
+    found = moved(Coupling(Replicas(Odd(), n=2), 0.5), [torch.tensor([[1.0], [3.0]])])
+    assert found.values["centre_ratio"].item() == pytest.approx(1.0)
+    assert found.values["spread_ratio"].item() == pytest.approx(0.125 * 2)
+
+
 @pytest.mark.parametrize("strength", [0.3, 1.0])
 def test_large_layers_are_estimated(strength: float) -> None:
     """Of a layer of 90,000 weights a sample is taken, the same of each replica, and the ratios are near the exact."""

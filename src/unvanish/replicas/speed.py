@@ -114,7 +114,10 @@ class LearningSpeed:
 
     def _weights(self) -> list[list[_Sample]]:
         """Return samples of the trained weights of each layer."""
-        return [[_sample(p.detach()) for _, p in own_parameters(layer) if p.requires_grad] for layer in self._layers]
+        return [
+            [_sample(p.detach()) for _, p in own_parameters(layer) if p.requires_grad and p.numel()]
+            for layer in self._layers
+        ]
 
     def _keep(self, layers: list[nn.Module], step: int, rows: NDArray[np.float32]) -> None:
         self._rows[step] = rows
