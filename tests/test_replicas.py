@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +23,7 @@ import unvanish
 from tests.nets import Reader, Tied
 from unvanish import Coupling, OptionError, Replicas
 from unvanish.replicas import exponential
+from unvanish.replicas.stack import mean
 
 
 @dataclass(frozen=True)
@@ -498,6 +499,16 @@ def test_the_centre_of_equal_replicas_is_each_of_them() -> None:
     assert_same(Replicas(model, n=7).centre(), model)
 
 
+@pytest.mark.parametrize("shape", [(3, 100_003), (5, 257, 1001), (100_000, 3)])
+def test_means_of_large_layers(shape: tuple[int, ...]) -> None:
+    """What is averaged block by block is the mean, and exact where all replicas are equal."""
+    torch.manual_seed(0)
+    stacked = torch.randn(shape)
+    expected = stacked.double().mean(0, keepdim=True)
+    torch.testing.assert_close(mean(stacked).double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(mean(stacked[:1].expand(shape).contiguous()), stacked[:1])
+
+
 def test_statistics_of_the_centre_are_estimated() -> None:
     """With a loader, batch norms of the centre hold the mean over its batches of what flows through them."""
     torch.manual_seed(0)
@@ -549,6 +560,7 @@ numbers = st.floats(-100, 100, width=32)
 shares = st.floats(0, 1)
 
 
+@settings(deadline=None)
 @given(st.lists(numbers, min_size=1, max_size=6), shares)
 def test_the_elastic_pull_leaves_the_centre(values: list[float], strength: float) -> None:
     """Pulls add up to nothing, each gap is (1 - strength) times what it was."""
@@ -572,6 +584,7 @@ def test_the_elastic_pull_leaves_the_centre_of_networks(dtype: torch.dtype, clos
         assert (one - other).norm().item() <= close * one.norm().item()
 
 
+@settings(deadline=None)
 @given(st.lists(numbers, min_size=1, max_size=6), st.sampled_from([torch.float32, torch.float64]))
 def test_full_strength_makes_all_equal_the_mean(values: list[float], dtype: torch.dtype) -> None:
     """After a pull of strength 1 all replicas are one number, bit for bit, which is their mean to rounding."""
@@ -596,6 +609,7 @@ def test_the_tanh_rule_is_its_formula(n: int, scale: float) -> None:
         np.testing.assert_allclose(weights(replicas), expected, rtol=1e-12, atol=1e-14)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e-4, 1e-4), min_size=2, max_size=6), shares)
 def test_tanh_is_elastic_for_small_gaps(values: list[float], strength: float) -> None:
     """For gaps far below the scale the two forces are one: tanh(d) = d - d³/3."""
@@ -613,6 +627,7 @@ def test_tanh_moves_the_centre_of_three() -> None:
         assert weights(replicas).mean() - np.mean(values) == pytest.approx(drift, abs=1e-12)
 
 
+@settings(deadline=None)
 @given(st.lists(numbers, min_size=2, max_size=5), shares, st.integers(1, 8))
 def test_skipped_pulls_compound(values: list[float], strength: float, every: int) -> None:
     """One pull after ``every`` steps closes the gaps as that many pulls in a row do, and none comes earlier."""
@@ -642,6 +657,7 @@ def test_a_schedule_is_called_with_the_steps_done() -> None:
     assert np.diff(weights(replicas)[:, 0]) == pytest.approx(gap, rel=1e-12)
 
 
+@settings(deadline=None)
 @given(st.floats(1e-6, 1), st.floats(1e-6, 1), st.integers(1, 50))
 def test_exponential_strength(start: float, end: float, steps: int) -> None:
     """It goes from start to end by one factor a step, and stays there."""
@@ -838,6 +854,10 @@ def test_wrong_losses_are_refused(backend: Any) -> None:
         replicas.loss(lambda output, _: output, x, y)
     with pytest.raises(OptionError, match=r"batches='separate': found a tensor of shape \(8, 7\), expected 3 batches"):
         replicas.loss(F.cross_entropy, x, y, batches="separate")
+    with pytest.raises(OptionError, match=r"batches='separate': found a tensor of shape \(2, 8\), expected 3 batches"):
+        replicas.loss(F.cross_entropy, x.expand(3, 8, 7), y.expand(2, 8), batches="separate")
+    with pytest.raises(ValueError, match=r"Expected input batch_size \(8\) to match target batch_size \(5\)"):
+        replicas.loss(F.cross_entropy, x.expand(3, 8, 7), y[:5].expand(3, 5), batches="separate")
     with pytest.raises(OptionError, match=r"batches: found 'own', expected 'shared' or 'separate'"):
         replicas.loss(F.cross_entropy, x, y, batches="own")
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):  # the model's own words

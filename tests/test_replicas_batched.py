@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unvanish import Replicas
+from unvanish import Coupling, Replicas
+from unvanish.replicas import BinaryConv2d, BinaryLinear
+from unvanish.replicas.choice import Backend, choose
 
 from .nets import Reader
 
@@ -123,6 +125,20 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, Tensor]]]
     "volumes": (
         lambda: nn.Sequential(nn.Conv3d(1, 3, 2), nn.BatchNorm3d(3), nn.AvgPool3d(2), nn.Flatten(), nn.Linear(3, 3)),
         images(1, 3, 3, 3),
+    ),
+    "binary weights": (
+        lambda: nn.Sequential(
+            BinaryConv2d(2, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.Tanh(),
+            BinaryConv2d(4, 3, 2, levels=3, is_scaled=True),
+            nn.Flatten(),
+            BinaryLinear(27, 5, bias=False),
+            nn.BatchNorm1d(5),
+            nn.Tanh(),
+            BinaryLinear(5, 3, levels=3, is_scaled=True),
+        ),
+        images(2, 6, 6),
     ),
     "residual": (Residual, images(3, 6, 6)),
     "attention": (Attending, lambda: (torch.randint(11, (6, 5)), torch.randint(3, (6,)))),
@@ -236,6 +252,7 @@ def test_losses_of_numbers(loss_fn: Any, shape: tuple[int, ...]) -> None:
     replicas = both(lambda: nn.Sequential(nn.Linear(7, 3)))
     x, y = torch.randn(3, 8, 7, dtype=torch.float64), torch.randn(3, *shape, dtype=torch.float64)
     torch.testing.assert_close(*(each.losses(loss_fn, x, y, batches="separate") for each in replicas))
+    assert replicas[1]._chosen == {(True, True): "batched"}
     torch.testing.assert_close(*(each.losses(loss_fn, x[0], y[0]) for each in replicas))
 
 
@@ -315,6 +332,21 @@ def test_a_call_of_another_shape_falls_back(caplog: pytest.LogCaptureFixture) ->
     assert "batched cannot run this call (a linear layer without a batch). The loop is used for it." in caplog.text
 
 
+def test_hooks_that_come_later_run(caplog: pytest.LogCaptureFixture) -> None:
+    """A hook on a layer is not passed over: the loop is used while it is there, and said so once."""
+    torch.manual_seed(0)
+    replicas = Replicas(mlp(), n=2, backend="batched")
+    x, y = torch.randn(4, 7), torch.randint(3, (4,))
+    first = replicas.losses(F.cross_entropy, x, y)
+    handle = replicas.stacked[1].register_forward_hook(lambda module, inputs, output: 3 * output)
+    with caplog.at_level(logging.WARNING, "unvanish"):
+        hooked = [replicas.losses(F.cross_entropy, x, y) for _ in range(2)]
+    assert not torch.allclose(hooked[0], first)
+    assert len(caplog.messages) == 1
+    handle.remove()
+    assert torch.equal(replicas.losses(F.cross_entropy, x, y), first)
+
+
 def test_copies_make_plans_of_their_own() -> None:
     """After copying and pickling, plans are made anew: the copy computes with its own weights."""
     torch.manual_seed(0)
@@ -326,6 +358,72 @@ def test_copies_make_plans_of_their_own() -> None:
             other.stacked[1].bias += torch.tensor([5.0, 0.0, 0.0])
         assert not torch.allclose(other.losses(F.cross_entropy, x, y), first)
         torch.testing.assert_close(replicas.losses(F.cross_entropy, x, y), first)
+
+
+@pytest.mark.parametrize("backend", ["batched", "vmap"])
+def test_one_replica_in_each_back_end(backend: Any) -> None:
+    """One replica alone is no special case."""
+    torch.manual_seed(0)
+    model = NETS["images"][0]().double()
+    loop, other = Replicas(model, n=1), Replicas(model, n=1, backend=backend)
+    x, y = NETS["images"][1]()
+    torch.testing.assert_close(*(each.loss(F.cross_entropy, x, y) for each in (loop, other)))
+    assert_close(loop, other)
+    assert other._chosen == {(True, True): backend}
+
+
+class Table(nn.Module):
+    """Has a parameter of whole numbers beside one that trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.tensor([1, 0, 2]), requires_grad=False)
+        self.layer = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.places
+
+
+@pytest.mark.parametrize("backend", ["loop", "vmap", "batched"])
+def test_parameters_of_whole_numbers_stay(backend: Any) -> None:
+    """They are stacked, used by each replica, and neither trained nor pulled."""
+    torch.manual_seed(0)
+    model = Table().double()
+    replicas = Replicas(model, n=2, backend=backend)
+    optimizer = torch.optim.SGD(replicas.parameters(), **SGD)
+    coupling = Coupling(replicas, 0.5)
+    x, y = images(7)()
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = replicas.loss(F.cross_entropy, x, y)
+        loss.backward()
+        optimizer.step()
+        coupling.step()
+    assert replicas.stacked.places.tolist() == [[1, 0, 2]] * 2
+    assert replicas.centre().places.dtype == torch.int64
+    plain = torch.optim.SGD(model.parameters(), **SGD)
+    for _ in range(3):
+        plain.zero_grad()
+        alone = F.cross_entropy(model(x), y)
+        alone.backward()
+        plain.step()
+    torch.testing.assert_close(loss / 2, alone)
+
+
+def test_the_fastest_is_taken_and_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured in turns, the smallest time wins; unmeasured, the first that works."""
+    stacked, now = nn.Linear(1, 1), [0.0]
+    monkeypatch.setattr("unvanish.replicas.choice._now", lambda _: now[0])
+    seconds: dict[Backend, float] = {"loop": 0.03, "batched": 0.06, "vmap": 0.0}
+
+    def losses(name: Backend) -> Tensor:
+        now[0] += seconds[name]
+        return stacked(torch.ones(1))
+
+    assert choose(stacked, losses, ["batched", "vmap"], measure=True) == "vmap"
+    assert choose(stacked, losses, ["batched", "vmap"], measure=False) == "batched"
+    seconds["vmap"] = 0.09
+    assert choose(stacked, losses, ["batched", "vmap"], measure=True) == "loop"
 
 
 def test_auto_takes_what_works(caplog: pytest.LogCaptureFixture) -> None:

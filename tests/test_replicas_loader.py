@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,6 +39,7 @@ def epoch(loader: ReplicaLoader) -> Tensor:
     return torch.cat([batch["row"] if isinstance(batch, dict) else batch[0] for batch in loader], 1)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5), st.booleans(), st.integers(0, 2**40))
 def test_each_replica_sees_each_row_once(count: int, batch_size: int, n: int, drop_last: bool, seed: int) -> None:
     """In each epoch; without a last small batch no row comes twice, and as many are left out as do not fill one."""

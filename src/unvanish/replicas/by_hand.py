@@ -120,6 +120,9 @@ def _separate(value: Any, n: int) -> Any:
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # a buffer whose shape is read must look like that of one replica
 
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in BY_MODULE or super().is_leaf_module(m, module_qualified_name)
+
 
 def _trace(stacked: nn.Module, given: set[str]) -> fx.Graph:
     defaults = {
@@ -128,7 +131,7 @@ def _trace(stacked: nn.Module, given: set[str]) -> fx.Graph:
         if name not in given and parameter.default is not inspect.Parameter.empty
     }
     if type(stacked) in BY_MODULE:  # a layer alone would be taken apart
-        return fx.Tracer().trace(nn.Sequential(stacked))
+        return _Tracer().trace(nn.Sequential(stacked))
     before = set(vars(stacked))
     try:
         return _Tracer().trace(stacked, defaults)
@@ -162,12 +165,16 @@ def _apply_module(module: nn.Module, node: fx.Node) -> Step:
     rule = BY_MODULE.get(type(module))
     if rule is None:
         raise NotUnderstood(type(module).__name__)
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        raise NotUnderstood(f"hooks on {type(module).__name__}")
     if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
         raise NotUnderstood(f"{type(module).__name__} with more than one argument")
     source = node.args[0]
-    return lambda at, values: rule(at, module, values[source])
+
+    def step(at: Where, values: Environment) -> Any:
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            raise NotUnderstood(f"hooks on {type(module).__name__}")  # now, because they come and go
+        return rule(at, module, values[source])
+
+    return step
 
 
 def _read(stacked: nn.Module, name: str) -> Step:

@@ -93,6 +93,7 @@ class Replicas(nn.Module):
         self._backends = backends()
         self._streams = None if seeds is None else Streams(seeds, next(self.stacked.parameters()).device)
         self._apart: Apart | None = None
+        self._told: set[str] = set()  # what was logged once
         self._chosen: dict[tuple[bool, bool], Backend] = {}
 
     def loss(self, loss_fn: LossFn, x: Any, y: Any = None, *, batches: Batches = "shared") -> Tensor:
@@ -117,8 +118,10 @@ class Replicas(nn.Module):
 
         try:
             return run(self._choice(run))
-        except NotUnderstood as error:  # other shapes than those of the trial
-            _LOG.warning("Replicas: batched cannot run this call (%s). The loop is used for it.", error)
+        except NotUnderstood as error:  # other shapes than those of the trial, or hooks that came since
+            if str(error) not in self._told:
+                self._told.add(str(error))
+                _LOG.warning("Replicas: batched cannot run this call (%s). The loop is used for it.", error)
             return run("loop")
 
     def forward(self, x: Any) -> list[Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import weighted
+from .binary import BinaryConv2d, BinaryLinear
 from .stacked import NotUnderstood, Stacked, Where, aligned, for_each
 
 Rule = Callable[..., Any]
@@ -235,8 +236,10 @@ _OVER_IMAGES = (
 
 BY_MODULE: dict[type[nn.Module], Rule] = {
     nn.Linear: weighted.linear,
+    BinaryLinear: weighted.binary_linear,
     nn.Conv1d: weighted.convolution(F.conv1d),
     nn.Conv2d: weighted.convolution(F.conv2d),
+    BinaryConv2d: weighted.convolution(F.conv2d, is_discrete=True),
     nn.Conv3d: weighted.convolution(F.conv3d),
     nn.BatchNorm1d: weighted.batch_norm,
     nn.BatchNorm2d: weighted.batch_norm,

@@ -9,25 +9,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .binary import BinaryConv2d, BinaryLinear, discretise
 from .stacked import NotUnderstood, Stacked, Where, aligned, channels_last, for_each
 
 
 def linear(at: Where, module: nn.Linear, x: Any) -> Stacked:
     """Multiply by all weights in one product of stacked matrices."""
+    return _product(at, x, module.weight, module.bias)
+
+
+def binary_linear(at: Where, module: BinaryLinear, x: Any) -> Stacked:
+    """Multiply by the discrete weights."""
+    return _product(at, x, _discrete(module), module.bias)
+
+
+def _product(at: Where, x: Any, weight: Tensor, bias: Tensor | None) -> Stacked:
     rows = for_each(x, at.n).front()
     if rows.dim() < 3:
         raise NotUnderstood("a linear layer without a batch")
     places = rows.shape[1:-1]
     # The weight comes first: its gradient then lies in memory as the weight does, and is not copied.
     turned = rows.flatten(1, -2).transpose(1, 2)  # (n, inputs, rows)
-    bias: Tensor | None = module.bias
-    weight = module.weight
     y = torch.bmm(weight, turned) if bias is None else torch.baddbmm(bias.unsqueeze(2), weight, turned)
     y = y.transpose(1, 2)
     return Stacked(y if len(places) == 1 else torch.unflatten(y, 1, places), at.n)
 
 
-def convolution(function: Callable[..., Tensor]) -> Callable[..., Stacked]:
+def _discrete(module: BinaryLinear | BinaryConv2d) -> Tensor:
+    outputs = module.weight.flatten(0, 1)  # an output of a replica is an output: thresholds and scales are its own
+    return discretise(outputs, module.levels, is_scaled=module.is_scaled).view_as(module.weight)
+
+
+def convolution(function: Callable[..., Tensor], *, is_discrete: bool = False) -> Callable[..., Stacked]:
     """Return the rule of a convolution: each replica is a group, or more if it has groups itself."""
 
     def rule(at: Where, module: Any, x: Any) -> Stacked:
@@ -43,7 +56,7 @@ def convolution(function: Callable[..., Tensor]) -> Callable[..., Stacked]:
         if images.dim() != module.weight.dim() - 1:
             raise NotUnderstood("a convolution without a batch")
         bias = None if module.bias is None else module.bias.flatten()
-        weight = module.weight.flatten(0, 1)
+        weight = (_discrete(module) if is_discrete else module.weight).flatten(0, 1)
         return Stacked(
             function(images, weight, bias, module.stride, module.padding, module.dilation, groups), at.n, True
         )
