@@ -681,7 +681,7 @@ def test_other_activations_get_autoencoders() -> None:
 
 def test_the_treatment_waits_for_enough_rows() -> None:
     """With a small batch it learns from the inputs of the training, once, and leaves the random numbers alone."""
-    from unvanish.treatments.learnt import greedy_pretraining
+    from unvanish.treatments.pretraining import greedy_pretraining
 
     torch.manual_seed(0)
     model, plain = (sigmoids().train() for _ in range(2))
@@ -699,6 +699,16 @@ def test_the_treatment_waits_for_enough_rows() -> None:
             assert torch.equal(torch.get_rng_state(), drawn)
         assert same == [True, True, False, False, False, False]
     assert torch.equal(model(batches[0]), plain(batches[0]))
+
+
+def test_a_backward_pass_that_is_due_goes_on() -> None:
+    """Where a loss of several forward passes is on its way when the layers are pretrained, it still has gradients."""
+    model = sigmoids()
+    with unvanish.treat(model, None, "greedy-pretraining=rbm,20", inputs=(torch.rand(10, 4),)):
+        loss = sum(model(torch.rand(10, 4)).square().mean() for _ in range(3))
+        assert isinstance(loss, Tensor)
+        loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize(

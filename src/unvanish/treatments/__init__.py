@@ -19,7 +19,6 @@ from .augment import augment_mirror, augment_noise, augment_rotate, augment_rota
 from .capacity import limit_units
 from .gradients import adaptive_clip, clip_norm, clip_value, normalise_layers
 from .initialise import he_init, lecun_init, lsuv_init, orthogonal_init, xavier_init
-from .learnt import greedy_pretraining, transfer
 from .loop import (
     add_to_optimizer,
     descend,
@@ -31,9 +30,11 @@ from .loop import (
     zero_grad,
 )
 from .normalise import batch_norm, fold_bn, layer_norm, precise_bn
+from .pretraining import greedy_pretraining
 from .rates import layerwise_rates, lower_lr, raise_lr, warm_up
 from .regularise import EarlyStopping as EarlyStopping
 from .regularise import dropout, early_stopping, weight_decay
+from .transfer import transfer
 from .treatment import Patient as Patient
 from .treatment import Treatment as Treatment
 from .treatment import applied as applied

@@ -88,6 +88,21 @@ def saved_tensors(tensors: Iterable[Tensor]) -> Iterator[None]:
                 tensor.copy_(copy)
 
 
+@contextmanager
+def forgotten(optimizers: Iterable[torch.optim.Optimizer], tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Let optimisers forget what they remember of tensors whose values are new; leaving brings it back."""
+    kept = []
+    for optimizer in optimizers:
+        for tensor in tensors:
+            if tensor in optimizer.state:
+                kept.append((optimizer, tensor, optimizer.state.pop(tensor)))
+    try:
+        yield
+    finally:
+        for optimizer, tensor, memory in kept:
+            optimizer.state[tensor] = memory
+
+
 def around_forward(model: nn.Module, before: Callable[[], Any], after: Callable[[Any, Any], Any]) -> list[Any]:
     """Run ``before`` as the model is called and let ``after`` change its output; nested calls are left alone."""
     stack: list[Any] = []

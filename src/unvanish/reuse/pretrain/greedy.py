@@ -7,21 +7,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, get_args
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import OptionError
 from ...untouched import same_random_state
-from .autoencoder import Autoencoder
-from .rbm import RbmLearner, Visible
+from .rbm import Visible
 from .result import Learnt, Pretraining
 from .rows import Scale, gather
+from .settings import Learner, Method, Settings, kind_of
 from .stages import Stage, stages_of
-
-Method = Literal["rbm", "autoencoder"]
 
 EXAMPLES = 10  # held-out inputs that are restored, for the picture
 _TELL_EVERY = 10.0  # seconds
@@ -103,13 +101,13 @@ def pretrain(
         >>> [layer.name for layer in done.layers], done.layers[0].unexplained[-1] < 0.01
         (['0'], True)
     """
-    settings = _Settings(method, epochs, batch_size, lr, k, persistent, corruption, tied, patience, tell)
-    _check(settings, visible, held_out)
+    settings = Settings(method, epochs, batch_size, lr, k, persistent, corruption, tied, patience, tell)
+    settings.check(visible, held_out)
     stages = stages_of(model, layers, method)
     with torch.no_grad(), _evaluating(stages):
         with same_random_state([]):  # a loader draws; what is learnt is not to depend on how rows came in
             rows = gather(data)
-        kind = _kind_of(rows, visible)
+        kind = kind_of(rows, visible)
         _check_fit(stages[0], rows[:1])
         work = _Work(rows, kind, held_out, settings)
         learnt = tuple(work.learn(stage) for stage in stages)
@@ -120,53 +118,10 @@ def pretrain(
     return Pretraining(method, learnt, work.examples)
 
 
-class _Learner(Protocol):
-    """What makes a layer learn: a Boltzmann machine or an autoencoder."""
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Weight, hidden bias, and what else learns."""
-
-    def step(self, rows: Tensor, epoch: int) -> None:
-        """Learn from a batch."""
-
-    def reconstruct(self, rows: Tensor) -> Tensor:
-        """Restore rows from their features."""
-
-    def decode(self, hidden: Tensor, like: Tensor) -> Tensor:
-        """Restore rows, shaped as some others, from features."""
-
-    def gap(self, seen: Tensor, held_out: Tensor) -> float:
-        """Say how much less likely held-out rows are."""
-
-
-@dataclass(frozen=True)
-class _Settings:
-    method: Method
-    epochs: int
-    batch_size: int
-    lr: float | None
-    k: int
-    persistent: bool
-    corruption: float
-    tied: bool
-    patience: int
-    tell: Callable[[str], object]
-
-    def learner(self, stage: Stage, rows: Tensor, visible: Visible) -> _Learner:
-        has_bias = stage.layer.bias is not None
-        if self.method == "autoencoder":
-            return Autoencoder(
-                stage, rows, visible, lr=self.lr, corruption=self.corruption, is_tied=self.tied, has_bias=has_bias
-            )
-        hidden = stage.layer.weight.shape[0]
-        return RbmLearner(rows, hidden, visible, lr=self.lr, k=self.k, is_persistent=self.persistent, has_bias=has_bias)
-
-
 class _Work:
     """The features that the layers have reached, and what was learnt on the way; the model stays as it is."""
 
-    def __init__(self, rows: Tensor, visible: Visible, held_out: float, settings: _Settings) -> None:
+    def __init__(self, rows: Tensor, visible: Visible, held_out: float, settings: Settings) -> None:
         self.settings, self.visible, self.features = settings, visible, rows
         order = torch.randperm(len(rows))
         count = min(max(round(held_out * len(rows)), 1), len(rows) - 1) if held_out else 0
@@ -198,7 +153,7 @@ class _Work:
         self.settings.tell(f"pretrain(): {done}")
         return done
 
-    def _train(self, stage: Stage, inputs: Tensor) -> tuple[Learnt, _Learner, Scale]:
+    def _train(self, stage: Stage, inputs: Tensor) -> tuple[Learnt, Learner, Scale]:
         """Train until the held-out rows are not restored better, and take the best epoch."""
         settings = self.settings
         rows, unseen = (_as_rows(stage, inputs[part.to(inputs.device)]) for part in (self.learning, self.judging))
@@ -225,7 +180,7 @@ class _Work:
         gap = learner.gap(rows[: len(unseen)], unseen)
         return Learnt(stage.name, self.visible, tuple(shares), gap, best), learner, scale
 
-    def _note_way_back(self, learner: _Learner, scale: Scale, inputs: Tensor, below: Tensor) -> None:
+    def _note_way_back(self, learner: Learner, scale: Scale, inputs: Tensor, below: Tensor) -> None:
         """Remember how features of this layer are turned into those below it; pooling cannot be turned back."""
         self._can_go_back &= inputs[0].numel() == below[0].numel()
         like, shape = inputs[:EXAMPLES], below.shape[1:]
@@ -241,7 +196,7 @@ class _Work:
         return restored
 
 
-def _unexplained(learner: _Learner, rows: Tensor) -> float:
+def _unexplained(learner: Learner, rows: Tensor) -> float:
     """Return the share of the variance of rows that is not restored."""
     error = variance = 0.0
     mean = rows.mean(0)
@@ -260,16 +215,6 @@ def _as_rows(stage: Stage, inputs: Tensor) -> Tensor:
     return inputs.flatten(0, -2) if isinstance(stage.layer, nn.Linear) else inputs
 
 
-def _kind_of(rows: Tensor, visible: Visible | None) -> Visible:
-    is_between = bool((rows >= 0).all() and (rows <= 1).all())
-    if visible == "bernoulli" and not is_between:
-        raise OptionError(
-            f"pretrain(): visible: found 'bernoulli' for inputs from {float(rows.min()):.3g} to "
-            f"{float(rows.max()):.3g}, expected inputs between 0 and 1. Nothing was changed. Use visible='gaussian'."
-        )
-    return visible or ("bernoulli" if is_between else "gaussian")
-
-
 @contextmanager
 def _evaluating(stages: tuple[Stage, ...]) -> Iterator[None]:
     """Let modules without weights compute as in evaluation, and put their modes back."""
@@ -282,28 +227,6 @@ def _evaluating(stages: tuple[Stage, ...]) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
-
-
-def _check(settings: _Settings, visible: Visible | None, held_out: float) -> None:
-    def refuse(name: str, found: object, expected: str, example: str) -> OptionError:
-        return OptionError(
-            f"pretrain(): {name}: found {found!r}, expected {expected}. Nothing was changed. Write {example}."
-        )
-
-    if settings.method not in get_args(Method):
-        raise refuse("method", settings.method, "'rbm' or 'autoencoder'", "method='autoencoder'")
-    if visible not in (None, *get_args(Visible)):
-        raise refuse("visible", visible, "'bernoulli', 'gaussian' or None", "visible='gaussian'")
-    for name in ("epochs", "batch_size", "k", "patience"):
-        number = getattr(settings, name)
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise refuse(name, number, "a whole number above 0", f"{name}=10")
-    if settings.lr is not None and not 0 < settings.lr < math.inf:
-        raise refuse("lr", settings.lr, "a number above 0", "lr=0.01")
-    if not 0 <= settings.corruption < 1:
-        raise refuse("corruption", settings.corruption, "a share from 0 to below 1", "corruption=0.25")
-    if not 0 <= held_out < 1:
-        raise refuse("held_out", held_out, "a share from 0 to below 1", "held_out=0.1")
 
 
 def _check_fit(stage: Stage, row: Tensor) -> None:
