@@ -229,6 +229,18 @@ def test_statistics_of_batch_norms_are_estimated_on_the_way() -> None:
     assert abs(sum(stale) / 2 - losses[2]) > 0.01
 
 
+def test_a_single_example_may_be_left_over() -> None:
+    """The last batch of a loader may hold one example: it counts in the loss, not in the statistics of norms."""
+    models = [nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)) for _ in range(2)]
+    x, y = torch.randn(9, 4), torch.randint(2, (9,))
+    data = [(x[:8], y[:8]), (x[8:], y[8:])]
+    found = landscape(models, F.cross_entropy, data, parts=(), align=False).places[0]
+    model = copy.deepcopy(models[0]).train()
+    model[1].momentum = 1.0
+    model(x[:8])
+    assert found.loss == pytest.approx(F.cross_entropy(model.eval()(x), y).item(), rel=1e-5)
+
+
 def test_pairs_are_limited_and_said() -> None:
     """With more pairs than asked for, they are spread over all, and the report tells how many."""
     models = [nn.Linear(2, 2) for _ in range(5)]

@@ -58,16 +58,20 @@ class Surface:
         self.parameters = trained or dict(model.named_parameters())  # a model for prediction may be frozen as a whole
         for parameter in self.parameters.values():
             parameter.requires_grad_()
-        self._has_statistics = any(isinstance(m, _BatchNorm) and m.track_running_stats for m in model.modules())
+        has_statistics = any(isinstance(m, _BatchNorm) and m.track_running_stats for m in model.modules())
+        inputs = [x for x, _ in self.batches]
+        # a single example that is left over may have no variance
+        several = [x for x, size in zip(inputs, sizes, strict=True) if size > 1]
+        self._for_statistics = (several or inputs) if has_statistics else []
 
     @torch.no_grad()
     def place(self, weights: Mapping[str, Tensor]) -> None:
         """Go to some weights, and estimate the statistics of batch norms there."""
         for name, value in weights.items():
             self.tensors[name].copy_(value)
-        if self._has_statistics:
-            estimate_statistics(_Called(self.model), [(x,) for x, _ in self.batches])
-            self.forward += len(self.batches)
+        if self._for_statistics:
+            estimate_statistics(_Called(self.model), [(x,) for x in self._for_statistics])
+            self.forward += len(self._for_statistics)
 
     @torch.no_grad()
     def output(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
