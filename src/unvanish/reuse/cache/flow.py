@@ -46,7 +46,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as torch has 
     def marks(self, values: Any) -> Marks:
         """Return the marks of all tensors in a nest of lists, tuples and dicts."""
         tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
-        return frozenset().union(*(self._marks.get(_memory(tensor), frozenset()) for tensor in tensors))
+        return frozenset().union(*(self._marks.get(_memory(tensor), ()) for tensor in tensors))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

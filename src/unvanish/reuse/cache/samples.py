@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from ...errors import OptionError
 from ...untouched import same_random_state
@@ -99,7 +99,7 @@ class Form:
 
     def join(self, features: Any, rest: list[Tensor]) -> Any:
         """Return a batch with features in place of what the model takes."""
-        beside = tree_map(rest.__getitem__, self.rest)
+        beside = rest if self.rest == tuple(range(len(rest))) else tree_map(rest.__getitem__, self.rest)
         if self.kind is dict:
             return {"features": features, **beside}
         return features if self.kind is Tensor else [features, *beside]
@@ -113,6 +113,9 @@ class Form:
 
 def read(dataset: Any, rows: Sequence[int], batch_size: int, workers: int = 0) -> Iterator[Any]:
     """Yield collated batches of these rows, in order."""
+    if type(dataset) is TensorDataset:  # whose rows need not be put together one by one
+        chunks = (list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
+        return ([tensor[chunk] for tensor in dataset.tensors] for chunk in chunks)
     return iter(DataLoader(dataset, batch_size, sampler=rows, num_workers=workers))
 
 

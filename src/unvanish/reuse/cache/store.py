@@ -259,15 +259,13 @@ class Rows:
         wanted = np.asarray(rows, dtype=np.int64)
         size = self.manifest.shard_rows
         numbers = wanted // size
-        parts = [(int(n), np.nonzero(numbers == n)[0]) for n in np.unique(numbers)]
+        is_one = size >= self.manifest.rows
+        parts = [] if is_one else [(int(n), np.nonzero(numbers == n)[0]) for n in np.unique(numbers)]
         found = []
         for column, maps in zip(self.manifest.columns, self._maps, strict=True):
-            if len(parts) == 1:
-                values = maps[parts[0][0]][wanted - parts[0][0] * size]
-            else:
-                values = np.empty((len(wanted), *column.shape), dtype=maps[parts[0][0]].dtype)
-                for number, places in parts:
-                    values[places] = maps[number][wanted[places] - number * size]
+            values = maps[0][wanted] if is_one else np.empty((len(wanted), *column.shape), _kind(column.stored))
+            for number, places in parts:
+                values[places] = maps[number][wanted[places] - number * size]
             found.append(_from_bits(values, column.stored).to(column.dtype))
         return found
 
@@ -284,10 +282,13 @@ def _bits(tensor: Tensor) -> Any:
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+def _kind(dtype: torch.dtype) -> Any:
+    return _bits(torch.empty(0, dtype=dtype)).dtype
+
+
 def _header(shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
     header = io.BytesIO()
-    kind = _bits(torch.empty(0, dtype=dtype)).dtype.str
-    np.lib.format.write_array_header_1_0(header, {"descr": kind, "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(header, {"descr": _kind(dtype).str, "fortran_order": False, "shape": shape})
     return header.getvalue()
 
 
