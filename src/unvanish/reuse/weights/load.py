@@ -111,6 +111,7 @@ def _load(plan: Plan, verify: tuple[Any, Any] | None, tolerance: float) -> None:
                     f"apply=False.{doubts}"
                 )
     plan.is_loaded = True
+    plan.forget()
 
 
 def problems_of(plan: Plan, *, is_partial: bool, is_proven: bool) -> list[str]:

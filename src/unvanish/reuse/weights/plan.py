@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -100,6 +100,12 @@ class Plan:
             for name, array in zip(step.sources, arrays, strict=True):
                 found[name] = array.to(getattr(torch, step.dtype))
         return found
+
+    def forget(self) -> None:
+        """Keep shapes and dtypes of the converted arrays, and give their memory back."""
+        self.steps = tuple(
+            replace(step, values=tuple(value.to("meta") for value in step.values)) for step in self.steps
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data, for JSON."""

@@ -41,7 +41,8 @@ class Change:
     after: Any
 
     def __str__(self) -> str:
-        return f"{self.layer}.{self.name}: {self.before!r} → {self.after!r}"
+        place = f"{self.layer}.{self.name}" if self.layer else self.name
+        return f"{place}: {self.before!r} → {self.after!r}"
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def verify(model: nn.Module, inputs: Any, expected: Any, partners: Mapping[str, 
     outputs = dict(expected) if isinstance(expected, Mapping) else {"": expected}
     with untouched(model), torch.no_grad():
         model.eval()
-        calls = _Calls(model)
+        calls = _Calls(model if len(outputs) > 1 else nn.Identity())  # all activations of a large net are many
         with calls:
             output = _call(model, inputs)
     errors = {name: _layer_error(calls, partners, name, value) for name, value in list(outputs.items())[:-1]}
@@ -177,9 +177,7 @@ def _first(value: Any) -> Any:
     """Return the first tensor of an output."""
     while isinstance(value, (tuple, list, Mapping)) and value:
         value = next(iter(value.values())) if isinstance(value, Mapping) else value[0]
-    return (
-        getattr(value, "last_hidden_state", getattr(value, "logits", value)) if not isinstance(value, Tensor) else value
-    )
+    return value
 
 
 def _copy(value: Any) -> Any:
