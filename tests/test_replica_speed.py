@@ -71,7 +71,7 @@ def test_the_measures_are_their_formulas() -> None:
                 "pull_ratio": np.linalg.norm(w2 - w1) / size,
                 "centre_ratio": np.linalg.norm((w2 - w0).mean(0)) / centre,
                 "pull_alignment": np.sum((w1 - w0) * (w2 - w1)) / np.linalg.norm(w1 - w0) / np.linalg.norm(w2 - w1),
-                "spread_ratio": np.sqrt(((w2 - w2.mean(0)) ** 2).sum(1).mean()) / centre,
+                "spread_ratio": np.sqrt(((w2 - w2.mean(0)) ** 2).sum(1).mean()) / np.linalg.norm(w2.mean(0)),
             }
             assert expected.keys() == set(SPEEDS)
             for name, value in expected.items():
@@ -129,7 +129,7 @@ def test_single_numbers_and_empty_parameters_are_no_obstacle() -> None:
 
     found = moved(Coupling(Replicas(Odd(), n=2), 0.5), [torch.tensor([[1.0], [3.0]])])
     assert found.values["centre_ratio"].item() == pytest.approx(1.0)
-    assert found.values["spread_ratio"].item() == pytest.approx(0.125 * 2)
+    assert found.values["spread_ratio"].item() == pytest.approx(0.125)
 
 
 @pytest.mark.parametrize("strength", [0.3, 1.0])

@@ -106,7 +106,7 @@ class LearningSpeed:
         rows = [i for i in range(self._coupling.replicas.n) if i not in self._coupling.lost]
         if self._start is not None and self._middle is not None:
             parts = zip(self._start, self._middle, self._weights(), strict=True)
-            sums = torch.stack([_sums(*layer, rows) for layer in parts])  # (layers, 7)
+            sums = torch.stack([_sums(*layer, rows) for layer in parts])  # (layers, 8)
             self._write(self._layers, step, _ratios(sums.cpu().numpy()))
             self._measured = step
         is_next = step + self._coupling.every - self._measured >= self._every
@@ -159,13 +159,13 @@ def _sample(stacked: Tensor) -> _Sample:
 
 def _sums(start: list[_Sample], middle: list[_Sample], end: list[_Sample], rows: list[int]) -> Tensor:
     """Return the sums of squares and the product that the measures of one layer are made of, over finite replicas."""
-    total = torch.zeros(7, dtype=torch.float64, device=start[0].values.device if start else None)
+    total = torch.zeros(8, dtype=torch.float64, device=start[0].values.device if start else None)
     for samples in zip(start, middle, end, strict=True):
         w0, w1, w2 = (sample.values[rows] for sample in samples)
         by_step, by_pull = w1 - w0, w2 - w1
         c0, c2 = mean(w0), mean(w2)
         pairs = [(w0, w0), (by_step, by_step), (by_pull, by_pull), (by_step, by_pull)]
-        pairs += [(c0, c0), (c2 - c0, c2 - c0), (w2 - c2, w2 - c2)]
+        pairs += [(c0, c0), (c2 - c0, c2 - c0), (w2 - c2, w2 - c2), (c2, c2)]
         sums = torch.stack([torch.dot(one.flatten(), other.flatten()) for one, other in pairs])
         total += samples[0].stands_for * sums
     total[6] /= max(len(rows), 1)
@@ -174,14 +174,14 @@ def _sums(start: list[_Sample], middle: list[_Sample], end: list[_Sample], rows:
 
 def _ratios(sums: NDArray[np.float64]) -> NDArray[np.float32]:
     """Return the measures of each layer; nan where there is nothing to divide by."""
-    weights, step, pull, product, centre, centre_way, spread = sums.T
+    weights, step, pull, product, centre, centre_way, spread, centre_now = sums.T
     with np.errstate(all="ignore"):
         ratios = (
             np.sqrt(step / weights),
             np.sqrt(pull / weights),
             np.sqrt(centre_way / centre),
             product / np.sqrt(step * pull),
-            np.sqrt(spread / centre),
+            np.sqrt(spread / centre_now),
         )
     table = np.stack(ratios, axis=1)  # in the order of SPEEDS
     return np.where(np.isfinite(table), table, np.nan).astype(np.float32)
