@@ -21,6 +21,7 @@ from ..untouched import same_random_state, untouched
 from .treatment import Patient, Steps, Treatment, forgotten, saved_tensors
 
 ROWS = 1000  # inputs to pretrain on
+BRIEF = {"epochs": 20, "batch_size": 20}  # for so few rows: some 900 steps a layer
 _LOG = logging.getLogger("unvanish")
 _CODE = "unvanish.pretrain(model, x_train, method={!r})  # before the first step"
 # what may turn the output of one layer into the input of the next; the first that does is taken
@@ -46,6 +47,8 @@ def greedy_pretraining(method: str = "", rows: float = ROWS) -> Treatment:
 
     Raises:
         TreatmentError: if a value is none of these.
+
+    Cost: some 900 steps of each layer alone; for twelve layers of 48 units and 1000 rows 2 s of a core.
 
     Source: Hinton, Osindero & Teh 2006; Bengio et al. 2007; Vincent et al. 2008; see `pretrain`.
 
@@ -110,7 +113,7 @@ class _Work:
         modules = copy.deepcopy([module for pair in pairs for module in pair])
         try:
             with torch.autocast(rows.device.type, enabled=False):
-                pretrain(modules, rows, self.method, tell=_LOG.info)  # type: ignore[arg-type]  # checked
+                pretrain(modules, rows, self.method, **BRIEF, tell=_LOG.info)  # type: ignore[arg-type]  # checked
         except OptionError as error:
             words = str(error).removeprefix("pretrain(): ")
             raise TreatmentError(f"treat(): 'greedy-pretraining': {words}") from error
