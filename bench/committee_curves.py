@@ -36,7 +36,9 @@ def points(files: list[Path]) -> dict[str, dict[float, list[dict[str, Any]]]]:
 
 
 def draw(found: dict[str, dict[float, list[dict[str, Any]]]], svg: Path) -> None:
-    mpl.rcParams.update({"svg.hashsalt": "committee", "font.size": 10, "axes.spines.top": False})
+    mpl.rcParams.update(
+        {"svg.hashsalt": "committee", "svg.fonttype": "none", "font.size": 10, "axes.spines.top": False}
+    )
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for method, (label, colour, marker, line) in STYLES.items():
         loads = sorted(found[method])
@@ -52,7 +54,7 @@ def draw(found: dict[str, dict[float, list[dict[str, Any]]]], svg: Path) -> None
         right.errorbar(some, medians, yerr=ranges, capsize=2, **style)
     left.set(xlabel="load: patterns / weights", ylabel="runs that solve, %", ylim=(-4, 104))
     right.set(xlabel="load: patterns / weights", ylabel="epochs to a solution", yscale="log")
-    left.legend(frameon=False, loc="center left")
+    left.legend(frameon=False, loc="center", bbox_to_anchor=(0.66, 0.5))
     for axes in (left, right):
         axes.spines["right"].set_visible(False)
         axes.grid(alpha=0.3)
