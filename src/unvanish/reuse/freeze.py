@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import LayerError, OptionError
+from ..layers import is_normalisation
 
 _DROPPING = (nn.modules.dropout._DropoutNd,)
 
@@ -37,10 +38,10 @@ def freeze_to(model: nn.Module, n: int | str, *, optimizer: torch.optim.Optimize
     evaluation mode and stays there when ``model.train()`` is called, so dropout is off in it, batch norms use what
     they have learnt and do not learn, and the output is the same in both modes. No graph is built for it.
 
-    Layers are the children of the model that have parameters, in the order in which the model lists them; where there
-    is one such child only, its children. What has none (activations, pooling) goes with the layer before it, except
-    a dropout at the upper end, which stays with what learns. Parameters that belong to the model itself and to no
-    child (a class token, positions) freeze with the lowest layer.
+    Layers are the children of the model that have weight matrices, in the order in which the model lists them; in a
+    model around another, those of the inner one. What has none (norms, activations, pooling) goes with the layer
+    before it, except a dropout at the upper end, which stays with what learns. Parameters that belong to the model
+    itself and to no child (a class token, positions) freeze with the lowest layer.
 
     Args:
         model: May have frozen parameters already. They stay so, and `thaw` leaves them to their owner.
@@ -120,10 +121,24 @@ def is_frozen(module: nn.Module) -> bool:
     return isinstance(stays, _StaysFrozen) and stays.holds_mode
 
 
-def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the layers that `freeze_to` counts, with their names, lowest first."""
+def layers_of(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
+    """Return the layers that `freeze_to` counts, lowest first: the name of each, and the modules that belong to it.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        >>> [(name, len(modules)) for name, modules in layers_of(model)]
+        [('1', 3), ('3', 1)]
+    """
     prefix, holder, _ = _holder(model)
-    return [(prefix + name, child) for name, child in holder.named_children() if _has_parameters(child)]
+    layers: list[tuple[str, list[nn.Module]]] = []
+    before: list[nn.Module] = []
+    for name, child in holder.named_children():
+        if _is_layer(child):
+            layers.append((prefix + name, [*before, child]))
+            before = []
+        else:
+            (layers[-1][1] if layers else before).append(child)
+    return layers
 
 
 class _StaysFrozen:
@@ -167,14 +182,18 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
+def _is_layer(module: nn.Module) -> bool:
+    return not is_normalisation(module) and any(p.dim() > 1 for p in module.parameters())
+
+
 def _holder(model: nn.Module) -> tuple[str, nn.Module, list[nn.Module]]:
     """Go down through wrappers to the module whose children are the layers; with its name and the way to it."""
     prefix, holder, way = "", model, [model]
     while True:
-        layers = [(name, child) for name, child in holder.named_children() if _has_parameters(child)]
-        if len(layers) != 1 or not any(_has_parameters(child) for child in layers[0][1].children()):
+        inner = [(name, child) for name, child in holder.named_children() if _has_parameters(child)]
+        if len(inner) != 1 or not any(_is_layer(child) for child in inner[0][1].children()):
             return prefix, holder, way
-        prefix, holder = f"{prefix}{layers[0][0]}.", layers[0][1]
+        prefix, holder = f"{prefix}{inner[0][0]}.", inner[0][1]
         way.append(holder)
 
 
@@ -184,7 +203,7 @@ def _split(model: nn.Module, n: int | str) -> tuple[list[tuple[str, nn.Module]],
         return _split_at_name(model, n)
     prefix, holder, way = _holder(model)
     children = list(holder.named_children())
-    places = [place for place, (_, child) in enumerate(children) if _has_parameters(child)]
+    places = [place for place, (_, child) in enumerate(children) if _is_layer(child)]
     total = max(len(places), 1)  # a model without children, such as an LSTM, is one layer
     if isinstance(n, bool) or not isinstance(n, int) or not -total <= n <= total:
         raise OptionError(

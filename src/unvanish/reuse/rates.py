@@ -52,9 +52,9 @@ def layer_rates(
                 f"layer_rates(): {name}: found {value!r}, expected a finite number above 0. "
                 "Write layer_rates(model, 1e-3, factor=0.8)."
             )
-    layers = layers_of(model) or [(type(model).__name__, model)]
+    layers = layers_of(model) or [(type(model).__name__, [model])]
     place_of = dict.fromkeys(model.parameters(), 0)  # what belongs to no layer goes with the lowest
-    place_of |= {p: place for place, (_, layer) in enumerate(layers) for p in layer.parameters()}
+    place_of |= {p: place for place, (_, own) in enumerate(layers) for module in own for p in module.parameters()}
     exempt = set(_exempt(model))
     groups = []
     for place, (name, _) in enumerate(layers):
