@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import unvanish
 from tests.test_replicas import CASES, OPTIMIZERS, Case, cnn, mlp, train_together, weights
 from unvanish import Coupling, OptionError, RecordError, Recording, Replicas
+from unvanish.attend import attend
 from unvanish.diagnose.progress import progress
 from unvanish.records import MEASURES, SPEEDS, Speeds
 from unvanish.replicas import LearningSpeed
@@ -493,6 +494,30 @@ def test_replicas_are_found_without_being_named() -> None:
     assert [layer.name for layer in trace.layers] == [str(2 * i) for i in range(12)]
     assert all(layer.replicas == 2 and layer.is_optimised for layer in trace.layers)
     assert [finding.illness for finding in unvanish.diagnose(recording)] == ["vanishing-gradient"]
+
+
+def test_a_script_of_replicas_is_measured_as_it_is(tmp_path: Path) -> None:
+    """``unvanish run`` finds the coupling of an unmodified script, and leaves its class as it was."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import torch, unvanish\n"
+        "torch.manual_seed(0)\n"
+        "replicas = unvanish.Replicas(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1)), n=2)\n"
+        "optimizer = torch.optim.SGD(replicas.parameters(), lr=0.01)\n"
+        "coupling = unvanish.Coupling(replicas, 0.1)\n"
+        "for _ in range(22):\n"
+        "    loss = replicas.loss(torch.nn.functional.mse_loss, torch.randn(2, 8, 4), torch.randn(2, 8, 1),\n"
+        "                         batches='separate')\n"
+        "    optimizer.zero_grad(); loss.backward(); optimizer.step(); coupling.step()\n"
+    )
+    original = Coupling.__init__
+    attended = attend(str(script), [], is_module=False, every=10, parent=tmp_path / "runs")
+    assert attended.outcome.status == 0
+    assert Coupling.__init__ is original
+    (trace,) = unvanish.read_recording(attended.folder).traces
+    assert trace.speeds.layers == ("0", "1")
+    assert trace.speeds.steps.tolist() == [1, 11, 21]
+    assert (trace.speeds.values["centre_ratio"] > 0).all()
 
 
 def test_replicas_inside_of_a_model_keep_its_names() -> None:

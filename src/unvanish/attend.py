@@ -6,6 +6,7 @@ The watch is attached when the script imports torch, not before: what a script s
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from .launch import Outcome, run_folder, run_target
 from .records import Findings, Recording
+from .wraps import Wraps
 
 if TYPE_CHECKING:
     from .watch import Watch
@@ -52,6 +54,7 @@ class _Attendance:
     failure: str = ""
     also: Callable[[], None] | None = None
     pid: int = field(default_factory=os.getpid)
+    wraps: Wraps = field(default_factory=Wraps)
 
     def begin(self) -> None:
         """Attach the watch; a failure of ours must not stop the script."""
@@ -70,8 +73,31 @@ class _Attendance:
             self.failure = f"{type(error).__name__}: {error}"
             log.warning("watching could not begin, the script runs on: %s", self.failure)
 
+    def follow_couplings(self) -> None:
+        """Measure how fast the replicas of every coupling learn that the script makes from now on."""
+        watch = self.watch
+        if watch is None or os.getpid() != self.pid:
+            return
+        from .replicas.coupling import Coupling
+        from .replicas.speed import LearningSpeed
+
+        def following(original: Callable[..., None]) -> Callable[..., None]:
+            @functools.wraps(original)
+            def make(coupling: Coupling, *args: Any, **kwargs: Any) -> None:
+                original(coupling, *args, **kwargs)
+                measure(coupling)
+
+            return make
+
+        @watch.guard
+        def measure(coupling: Coupling) -> None:
+            LearningSpeed(coupling, self.every, write=watch.note_speeds, guard=watch.guard).__enter__()
+
+        self.wraps.replace(Coupling, "__init__", following)
+
     def end(self, outcome: Outcome) -> Recording:
         """Finish the record and return it."""
+        self.wraps.undo()
         watch = self.watch
         if watch is None:
             nothing = dict.fromkeys(("torch", "device", "seed", "watch_share"))
@@ -107,7 +133,8 @@ def attend(
     """
     facts: dict[str, Any] = {"script": target, "arguments": list(arguments), "started": time.time()}
     attendance = _Attendance(every, None if parent is None else parent.absolute(), target, facts, also=also)
-    with _WhenImported("torch", attendance.begin):
+    coupling = "unvanish.replicas.coupling"
+    with _WhenImported("torch", attendance.begin), _WhenImported(coupling, attendance.follow_couplings):
         outcome = run_target(target, list(arguments), is_module=is_module)
         if outcome.status == 0:
             _join_threads()
