@@ -25,10 +25,13 @@ def draw(found: Landscape, file: Path) -> Path:
         raise OptionError(
             "Landscape.draw(): found no matplotlib, expected it for pictures. Run: pip install 'unvanish[plot]'"
         ) from error
-    figure = Figure(
-        figsize=(13, 7.5), layout="constrained"
-    )  # not pyplot: it would keep the figure, and choose a screen
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(13, 7.5), layout="constrained")  # pyplot would keep it, and choose a screen
+    canvas = FigureCanvasAgg(figure)
+    if file.suffix.removeprefix(".") not in canvas.get_supported_filetypes() or not file.parent.is_dir():
+        raise OptionError(
+            f"Landscape.draw(): file: found {str(file)!r}, expected a file in a folder that exists, ending in .png, "
+            ".svg or .pdf. Write landscape.draw('landscape.png')."
+        )
     axes = figure.subplot_mosaic([["a", "b", "c"], ["a", "b", "c"], ["d", "e", "f"], ["d", "e", "g"]])
     _overlaps(figure, axes["a"], found)
     _layers(axes["b"], found)
@@ -39,10 +42,10 @@ def draw(found: Landscape, file: Path) -> Path:
     _entropy(axes["g"], found)
     try:
         figure.savefig(file, dpi=90)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise OptionError(
-            f"Landscape.draw(): file: found {str(file)!r} ({error}), expected a file that can be written, ending in "
-            ".png, .svg or .pdf. Write landscape.draw('landscape.png')."
+            f"Landscape.draw(): file: found {error.strerror!r} for {str(file)!r}, expected a file that can be written. "
+            "Write landscape.draw('landscape.png')."
         ) from error
     return file
 
