@@ -216,10 +216,9 @@ def beginnings(task: Task, pairs: int) -> Iterator[dict[str, Any]]:
     uncached = functools.partial(epoch, plain, in_memory(task), plain_optimizer)
 
     def first_epoch() -> None:
-        model, optimizer = fresh(task)
         with tempfile.TemporaryDirectory() as folder:
-            features = cached(task, model, Path(folder))
-            epoch(features.head, features.loader(BATCH, shuffle=True), optimizer)
+            features = cached(task, plain, Path(folder))
+            epoch(features.head, features.loader(BATCH, shuffle=True), plain_optimizer)
 
     uncached()
     first_epoch()

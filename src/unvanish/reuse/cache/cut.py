@@ -99,7 +99,7 @@ class Cut:
             return output
         rows = features[0].shape[0]
         given = dict(zip(self.needed, features, strict=True))
-        blanks = self._blank_outputs(rows, placeholder)
+        blanks = self._blank_outputs(rows, placeholder or str(_device(self.model)))
         handing_over = {number for number, _ in self.needed}
 
         def stand_in(number: int, forward: Callable[[], Any] | None = None) -> Any:
@@ -126,25 +126,24 @@ class Cut:
         return {(s.module, s.turn): number for number, s in enumerate(self.sources) if s.module is not None}
 
     @cached_property
-    def _blanks(self) -> dict[tuple[int, str | None], list[tuple[list[Any], Any]]]:
+    def _blanks(self) -> dict[tuple[int, str], list[tuple[list[Any], Any]]]:
         return {}
 
-    def _blank_outputs(self, rows: int, placeholder: str | None) -> list[tuple[list[Any], Any]]:
+    def _blank_outputs(self, rows: int, device: str) -> list[tuple[list[Any], Any]]:
         """Return outputs of the right kind that nobody looks into, flat and nested, for each source."""
-        if (rows, placeholder) not in self._blanks:
+        if (rows, device) not in self._blanks:
             self._blanks.clear()  # one size of batch at a time
-            flat = [[self._blank(leaf, rows, placeholder) for leaf in source.leaves] for source in self.sources]
+            flat = [[self._blank(leaf, rows, device) for leaf in source.leaves] for source in self.sources]
             nested = [tree_unflatten(leaves, s.spec) for leaves, s in zip(flat, self.sources, strict=True)]
-            self._blanks[rows, placeholder] = list(zip(flat, nested, strict=True))
-        return self._blanks[rows, placeholder]
+            self._blanks[rows, device] = list(zip(flat, nested, strict=True))
+        return self._blanks[rows, device]
 
-    def _blank(self, leaf: Any, rows: int, placeholder: str | None) -> Any:
+    def _blank(self, leaf: Any, rows: int, device: str) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         shape = list(leaf.shape)
         if shape and shape[0] == self.rows:
             shape[0] = rows
-        device = placeholder or _device(self.model)
         return torch.zeros((), dtype=leaf.dtype, device=device).expand(shape)
 
     @contextmanager

@@ -99,7 +99,7 @@ class Form:
 
     def join(self, features: Any, rest: list[Tensor]) -> Any:
         """Return a batch with features in place of what the model takes."""
-        beside = rest if self.rest == tuple(range(len(rest))) else tree_map(rest.__getitem__, self.rest)
+        beside: Any = rest if self.rest == tuple(range(len(rest))) else tree_map(rest.__getitem__, self.rest)
         if self.kind is dict:
             return {"features": features, **beside}
         return features if self.kind is Tensor else [features, *beside]
