@@ -14,7 +14,7 @@ it; after the first epoch all stores here are read from the page cache.
 * `training`: all epochs, computing the features included, over all epochs without a cache, once. `equal` says whether
   the trained weights are equal bit for bit.
 
-Peers are measured where they are installed (`pip install h5py diskcache`).
+Peers are measured where they are installed (`pip install 'unvanish[bench]'`).
 """
 
 from __future__ import annotations
