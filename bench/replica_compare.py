@@ -48,6 +48,7 @@ MORE_METHODS = (
     Method("one network, weight decay 0.01", partial(with_decay, decay=0.01), {"": "one network"}),
     Method(f"{UNION}, weight decay 0.01", partial(with_decay, decay=0.01, is_union=True), {"": UNION}),
     Method("SAM, radius 0.2", partial(train_sam, rho=0.2), {"": "one network"}),
+    coupled("shared", 0.1, force="tanh"),  # what the search found on the digits, with six replicas
 )
 
 
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", metavar="FOLDER")
     parser.add_argument("--tasks", metavar="NAMES", help="some of them, with commas between (default all)")
     parser.add_argument("--search", action="store_true", help="search a setting in which coupling gains")
+    parser.add_argument("--replicas", type=int, default=3, help="replicas, without --search (default 3)")
     parser.add_argument("--seeds", type=int, help="seeds of the report (default 10; 3 for CIFAR-10)")
     parser.add_argument("--device", default="cpu", help="for CIFAR-10 (default cpu)")
     parser.add_argument("--runs", type=Path, metavar="FILE", help="append one line for each finished training")
@@ -140,7 +142,7 @@ def main() -> None:
         if chosen.search:
             done[name] = search(task, on_run)
         else:
-            result = run(task, (*STANDARD_METHODS, *MORE_METHODS), on_run)
+            result = run(task, (*STANDARD_METHODS, *MORE_METHODS), on_run, n=chosen.replicas)
             print(result, flush=True)
             done[name] = result.to_dict()
         sys.stdout.flush()
