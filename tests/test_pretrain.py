@@ -311,6 +311,7 @@ def test_a_scale_goes_into_the_weights_exactly(layer: Any) -> None:
     layer.double()
     rows = 5 + 20 * torch.randn(64, *((4,) if isinstance(layer, nn.Linear) else (2, 6, 6)), dtype=torch.float64)
     rows[:, 0] *= 1e-2
+    rows[:, 1] = 4.0  # does not vary
     scale, stage = Scale.of(rows, layer, "gaussian"), Stage("0", layer, (), nn.Tanh())
     bias = torch.zeros(3, dtype=torch.float64) if layer.bias is None else layer.bias
     weight, moved = scale.into(layer.weight, bias)
@@ -318,7 +319,8 @@ def test_a_scale_goes_into_the_weights_exactly(layer: Any) -> None:
     torch.testing.assert_close(scale.undo(scale.apply(rows)), rows)
     if isinstance(layer, nn.Linear):
         assert layer.bias is not None or torch.equal(moved, bias)
-        torch.testing.assert_close(scale.apply(rows).square().mean(0), torch.ones(4).double(), rtol=0.05, atol=0)
+        expected = torch.tensor([1.0, 0 if layer.bias is not None else 1, 1, 1]).double()
+        torch.testing.assert_close(scale.apply(rows).square().mean(0), expected, rtol=0.05, atol=1e-12)
 
 
 def test_steps_of_the_autoencoder_are_those_of_adam() -> None:
@@ -477,6 +479,23 @@ def test_no_optimiser_and_no_backward_is_seen() -> None:
             optimizer.step()
     assert len(run.recording().traces) == 1
     assert run.recording().steps == 3
+
+
+@pytest.mark.parametrize("method", ["rbm", "autoencoder"])
+def test_units_of_gaussian_inputs_do_not_matter(method: str) -> None:
+    """Inputs in other units, with other zeros, give the same features by the same random numbers; they are learnt."""
+    rows = 5 + 2 * patterns(200).double() + 0.1 * torch.randn(200, 12, dtype=torch.float64)
+    other = rows * torch.logspace(-2, 3, 12) + torch.linspace(-50, 50, 12)
+    features = []
+    for data in (rows, other):
+        model = stack().double()
+        torch.manual_seed(0)
+        lr = 0.05 if method == "autoencoder" else 0.02
+        done = unvanish.pretrain(model, data, method, layers=1, epochs=15, lr=lr, tell=quiet)
+        assert done.layers[0].visible == "gaussian"
+        assert done.layers[0].unexplained[-1] < 0.3
+        features.append(model.eval()[0](data))
+    torch.testing.assert_close(features[0], features[1], rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from ...errors import OptionError
 
 _LEAST = 2
+_ROUNDING = 1e-5  # of a number: what float32 leaves of one, after sums over many rows
 
 
 def gather(data: Any) -> Tensor:
@@ -72,10 +73,10 @@ class Scale:
         if visible == "bernoulli":
             return cls(0 * one, one)
         if not isinstance(layer, nn.Linear):
-            return cls(0 * one, _positive(rows.std()))
+            return cls(0 * one, _positive(rows.std(), rows.mean()))
         if layer._parameters.get("bias") is None:
-            return cls(0 * one, _positive(rows.square().mean(0).sqrt()))
-        return cls(rows.mean(0), _positive(rows.std(0)))
+            return cls(0 * one, _positive(rows.square().mean(0).sqrt(), 0 * rows[0]))
+        return cls(rows.mean(0), _positive(rows.std(0), rows.mean(0)))
 
     def apply(self, rows: Tensor) -> Tensor:
         return (rows - self.mean) / self.std
@@ -89,6 +90,6 @@ class Scale:
         return scaled, bias - (scaled @ self.mean if self.mean.dim() else 0.0)
 
 
-def _positive(std: Tensor) -> Tensor:
-    """Return spreads without those that are 0 or next to nothing: what hardly varies is not blown up."""
-    return torch.where(std > 1e-3 * std.max(), std, torch.ones_like(std))
+def _positive(std: Tensor, mean: Tensor) -> Tensor:
+    """Return spreads, and 1 where there is none but rounding: what does not vary is not blown up."""
+    return torch.where(std > _ROUNDING * mean.abs(), std, torch.ones_like(std))
