@@ -8,7 +8,7 @@ import resource
 import struct
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -235,9 +235,23 @@ def list_pt(path: Path) -> None:
 
 @evil("x.safetensors", "too many entries")
 def many_safetensors(path: Path) -> None:
+    safetensors_with(path, (f"a{number}" for number in range(MANY)))
+
+
+def safetensors_with(path: Path, names: Iterable[str]) -> None:
     entry = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
-    header = ("{" + ",".join(f'"a{number}":{entry}' for number in range(MANY)) + "}").encode()
+    header = ("{" + ",".join(f'"{name}":{entry}' for name in names) + "}").encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+@evil("x.safetensors", "not one tensor matches")
+def prefixes_safetensors(path: Path) -> None:
+    safetensors_with(path, (f"a{number}.b.weight" for number in range(20_000)))  # pairs of them are too many
+
+
+@evil("x.safetensors", "not one tensor matches")
+def attentions_safetensors(path: Path) -> None:
+    safetensors_with(path, (f"a{number}/query/kernel" for number in range(20_000)))  # pairs of them are too many
 
 
 @evil("x.safetensors", "damaged content")
@@ -368,7 +382,7 @@ def gone_keras(path: Path) -> None:
 
 @pytest.mark.parametrize("name", EVIL)
 def test_a_hostile_file_is_refused(name: str, tmp_path: Path) -> None:
-    """Refused by name within 20 seconds and 300 MB; the model, the folder and other files stay as they are."""
+    """Refused by name within 20 s of computing and 300 MB; the model, the folder and other files stay as they are."""
     folder = tmp_path / "inner"
     folder.mkdir()
     file, make = EVIL[name]
@@ -376,10 +390,10 @@ def test_a_hostile_file_is_refused(name: str, tmp_path: Path) -> None:
     before = sorted(path for path in tmp_path.rglob("*"))
     model = nn.Sequential(nn.Linear(4, 4))
     kept = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(WeightsError, match=WORDS[name]) as raised:
         load_weights(model, folder / file, trust=True)
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300_000  # kilobytes
     assert "not for others" not in str(raised.value)
     assert sorted(path for path in tmp_path.rglob("*")) == before
@@ -431,13 +445,13 @@ def attempt(name: str, content: bytes, folder: Path) -> None:
     path.write_bytes(content)
     model = build(case, path)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    start = time.monotonic()
+    start = time.process_time()
     try:
         load_weights(model, path, trust=True, **case.options)
     except WeightsError:
         for key, tensor in model.state_dict().items():
             assert torch.equal(tensor, before[key]), key
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize("name", DAMAGED)

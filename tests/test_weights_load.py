@@ -444,3 +444,16 @@ def test_weights_alone_are_paired_by_the_order_of_their_class(tmp_path: Path) ->
     model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(4)))
     load_weights(model, tmp_path / "x.weights.h5")
     assert [int(layer.weight[0, 0]) for layer in model] == [0, 1, 3, 2]
+
+
+def test_activations_that_a_framework_holds_in_its_layer_are_allowed_for(tmp_path: Path) -> None:
+    """Outputs of a layer may be those behind its activation, also where no other layer follows."""
+    rng = np.random.default_rng(0)
+    kernel, x = rng.normal(size=(4, 3)).astype("f4"), rng.normal(size=(5, 4)).astype("f4")
+    np.savez(tmp_path / "w.npz", **{"dense/kernel": kernel})
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.ReLU())
+    y = np.maximum(x @ kernel, 0)
+    plan = load_weights(model, tmp_path / "w.npz", verify=(x, {"dense": y, "output": y}))
+    assert plan.verification.first == ""
+    with pytest.raises(WeightsError, match="the first layer that differs: 'dense'"):
+        load_weights(model, tmp_path / "w.npz", verify=(x, {"dense": y + 1, "output": y + 1}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -107,14 +108,16 @@ def _by_word(
     chosen: Chosen,
 ) -> None:
     """Take what the user said; the longest name that holds a layer decides."""
+    by_name: dict[str, list[ForeignLayer]] = {}
+    for layer in sources if names else ():
+        by_name.setdefault(_plain(layer.name), []).append(layer)
     for place, target in enumerate(targets):
         holders = [name for name in names if target.name == name or target.name.startswith(f"{name}.")]
         if not holders:
             continue
         holder = max(holders, key=len)
         rest = target.name[len(holder) :]
-        asked = _plain(names[holder] + rest)
-        found = [layer for layer in sources if _plain(layer.name) == asked]
+        found = by_name.get(_plain(names[holder] + rest), [])
         if len(found) > 1 and target.level < len(found):
             found = [found[target.level]]
         if found:
@@ -151,15 +154,14 @@ def _best_prefix(targets: Sequence[Target], sources: Sequence[ForeignLayer]) -> 
     """Return what to take off the names of the file so that most are those of the model."""
     ours = {_plain(target.name) for target in targets}
     cleaned = {clean_name(source.name.replace("/", ".")): source for source in sources}
-    prefixes = {"", *(".".join(name.split(".")[:count]) + "." for name in cleaned for count in (1, 2) if "." in name)}
-    best: tuple[str, dict[str, ForeignLayer]] = ("", {})
-    most = 0
-    for prefix in sorted(prefixes, key=len):
-        stripped = {_plain(n.removeprefix(prefix)): s for n, s in cleaned.items() if n.startswith(prefix)}
-        count = len(ours & stripped.keys())
-        if count > most:
-            most, best = count, (prefix, stripped)
-    return best
+    counts: Counter[str] = Counter()
+    for name in cleaned:
+        parts = name.split(".")
+        for number in range(min(3, len(parts))):
+            prefix = "".join(f"{part}." for part in parts[:number])
+            counts[prefix] += _plain(name.removeprefix(prefix)) in ours
+    best = max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default="")
+    return best, {_plain(n.removeprefix(best)): source for n, source in cleaned.items() if n.startswith(best)}
 
 
 def _plain(name: str) -> str:
@@ -202,9 +204,13 @@ def _by_kind(
 ) -> None:
     """Pair the n-th layer of each kind; only where names or the file itself give the kinds an order."""
     groups: dict[tuple[int, ...], list[int]] = {}
+    known: dict[tuple[object, ...], tuple[int, ...]] = {}  # a net has many layers, and few that take different ones
     for place in places:
-        partners = tuple(n for n, source in enumerate(free) if fits(source, targets[place]))
-        groups.setdefault(partners, []).append(place)
+        module = targets[place].module
+        key = (type(module), getattr(module, "groups", 1), getattr(module, "in_channels", 0), *targets[place].tensors)
+        if key not in known:
+            known[key] = tuple(n for n, source in enumerate(free) if fits(source, targets[place]))
+        groups.setdefault(known[key], []).append(place)
     for partners, members in groups.items():
         if not partners or any(set(partners) & set(others) for others in groups if others != partners):
             continue

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ....errors import WeightsError
 
-MOST_ENTRIES = 100_000  # ten times what the largest published networks have
+MOST_ENTRIES = 100_000  # a network in one file has hundreds to some thousands
 MOST_LEVELS = 64
 # Weights hardly compress: float32 drawn from a continuous law keep over 80 % of their size. Zeros of a fresh bias
 # or optimiser do, so a hundredfold is allowed, and a megabyte to any file.

@@ -7,7 +7,7 @@ are followed; and a nested model with frozen parts lists its trainable weights f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -34,7 +34,7 @@ def read_h5(path: Path, tree: Entry) -> Foreign:
     root = tree.entries.get("model_weights", tree)
     by_name = {node.name: node for node in nodes}
     layers: list[ForeignLayer] = []
-    for name in root.text("layer_names"):
+    for name in dict.fromkeys(root.text("layer_names")):
         group = root.find(name)
         found = {weight: group.find(weight).array for weight in group.text("weight_names")}
         layers += _layers(name, {weight: array for weight, array in found.items() if array is not None}, by_name)
@@ -49,7 +49,7 @@ def _layers(name: str, arrays: dict[str, Tensor], nodes: dict[str, Node]) -> Ite
         parts = [part for part in path.split(":")[0].split("/") if part]
         holder, role = _place(parts)
         groups.setdefault(holder, {})[role] = array
-    inner = {child.name: child for child in node.inner} if node else {}
+    inner = _descendants(node.inner) if node else {}
     if node and not inner:
         merged = {role: array for group in groups.values() for role, array in group.items()}
         if merged:
@@ -59,17 +59,15 @@ def _layers(name: str, arrays: dict[str, Tensor], nodes: dict[str, Node]) -> Ite
         last = holder.split("/")[-1]
         own = last if not holder or len(groups) > 1 or inner else name
         full = name if own in ("", name) else f"{name}/{own}"
-        yield from _typed(full, inner.get(last) or _deep(inner, last), group)
+        yield from _typed(full, inner.get(last), group)
 
 
-def _deep(nodes: dict[str, Node], name: str) -> Node | None:
-    """Find a layer of a model in a model."""
-    for node in nodes.values():
-        children = {child.name: child for child in node.inner}
-        found = children.get(name) or _deep(children, name)
-        if found:
-            return found
-    return None
+def _descendants(nodes: Sequence[Node]) -> dict[str, Node]:
+    """Return the layers of a model, and of the models in it, by their names."""
+    found: dict[str, Node] = {}
+    for node in nodes:
+        found |= _descendants(node.inner)
+    return found | {node.name: node for node in nodes}
 
 
 def _typed(name: str, node: Node | None, arrays: dict[str, Tensor]) -> Iterator[ForeignLayer]:

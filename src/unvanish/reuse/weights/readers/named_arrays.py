@@ -105,7 +105,7 @@ def _flax_holder(name: str, groups: Mapping[str, object]) -> tuple[str, str]:
     last = parts[-1].rstrip("_") if parts else ""
     if (len(last) == 2 and last[0] in "ih" and last[1] in _GATES) or last in ("dense_i", "dense_h"):
         parts, side = parts[:-1], f"{last}/"
-    elif last in _ATTENTION and all(any(n.endswith(f"{name[: -len(last)]}{p}") for n in groups) for p in _ATTENTION):
+    elif last in _ATTENTION and all(f"{name[: -len(last)]}{part}" in groups for part in _ATTENTION):
         parts, side = parts[:-1], f"{_ATTENTION[last]}/"
     elif parts[-2:] and len(parts) > 1 and last in ("i", "h") and "cell" in parts[-2].lower():
         parts, side = parts[:-1], f"{last}/"
