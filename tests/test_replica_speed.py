@@ -397,7 +397,7 @@ def test_healthy_replicas_are_clean(name: str, backend: Any, is_shared: bool) ->
     watched = Watched(replicas, HEALTHY[name], 50)
     findings = watched.run.diagnose()
     assert findings.verdict == "clean", str(findings)
-    assert watched.trace.losses[-10:].mean() < 0.5 * watched.trace.losses[:3].mean()
+    assert watched.trace.losses[-10:].mean() < 0.75 * watched.trace.losses[:3].mean()  # it does learn
 
 
 @pytest.mark.parametrize(("n", "backend"), [(1, "loop"), (3, "loop"), (3, "vmap")])
