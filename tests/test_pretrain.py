@@ -467,6 +467,22 @@ def test_frozen_layers_keep_every_bit(method: str) -> None:
     assert model[1].weight.requires_grad
 
 
+@pytest.mark.parametrize("method", ["rbm", "autoencoder"])
+def test_cached_features_pretrain_as_the_layers_below_them_do(tmp_path: Path, method: str) -> None:
+    """Pretraining on what a frozen trunk was cached for is pretraining the whole model through its frozen layers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8), nn.Sigmoid(), nn.Linear(8, 6), nn.Sigmoid(), nn.Linear(6, 2))
+    rows = patterns()
+    trunk = freeze_to(model, 1)
+    cached = unvanish.cache_features(trunk, TensorDataset(rows, torch.arange(len(rows))), tmp_path, tell=quiet)
+    weights = []
+    for layers, data in ((model, rows), ([model[2], model[3]], cached)):
+        torch.manual_seed(3)
+        unvanish.pretrain(layers, data, method, **BRIEF)
+        weights.append(model[2].weight.detach().clone())
+    torch.testing.assert_close(weights[0], weights[1])
+
+
 def test_no_optimiser_and_no_backward_is_seen() -> None:
     """A watch around it sees the training alone: pretraining has no step and no loss of its own."""
     model, rows = stack(), patterns()
