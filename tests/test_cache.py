@@ -367,6 +367,19 @@ def test_models_in_bfloat16(tmp_path: Path) -> None:
     assert torch.equal(x, truth(model, dataset))
 
 
+def test_rows_in_few_digits_are_computed_again_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, a fifth more is not rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5), Doubling(), nn.Linear(5, 3)).bfloat16()
+    freeze_to(model, -1)
+    dataset = TensorDataset(data().tensors[0].bfloat16())
+    cache_features(model, dataset, tmp_path, tell=quiet)
+    cache_features(model, dataset, tmp_path, batch_size=3, tell=quiet)
+    monkeypatch.setattr(Doubling, "forward", lambda self, x: 2.4 * x)
+    with pytest.raises(StaleCacheError, match="found other features when it was computed again"):
+        cache_features(model, dataset, tmp_path, tell=quiet)
+
+
 # What changed is noticed ------------------------------------------------------------------------------
 
 
@@ -690,6 +703,26 @@ def test_only_what_is_damaged_is_computed_again(written: dict[str, bytes], tmp_p
     changed = {path.name for path in tmp_path.glob("*.npy") if path.stat().st_mtime_ns != times[path.name]}
     assert changed == {victim.name, victim.name.replace(".0.npy", ".1.npy")}
     assert "1 damaged shards of" in said[0]
+
+
+@pytest.mark.parametrize("other", [1, 3, 7, 64])
+def test_another_size_of_batch_reads_and_mends_the_same_cache(other: int, written: Any, tmp_path: Path) -> None:
+    """Shards and batches need not fit: content is compared, and a lost shard is computed again."""
+    for name, content in written.items():
+        (tmp_path / name).write_bytes(content)
+    sorted(tmp_path.glob("*.0.npy"))[1].unlink()
+    features = cache_features(frozen_mlp(), data(), tmp_path, batch_size=other, tell=quiet)
+    torch.testing.assert_close(all_rows(features)[0], truth(frozen_mlp(), data()))
+    assert features.manifest.shard_rows == 8
+
+
+def test_a_refused_rebuild_leaves_the_old_cache(written: Any, tmp_path: Path) -> None:
+    """Room is looked for before anything is removed."""
+    for name, content in written.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(OptionError, match="max_bytes: found 10"):
+        cache_features(frozen_mlp(), data(), tmp_path, rebuild=True, max_bytes=10, tell=quiet)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == written
 
 
 def test_size_is_said_before_writing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,12 +111,11 @@ class Form:
         return (batch, ()) if self.kind is Tensor else (batch[0], tuple(batch[1:]))
 
 
-def read(dataset: Any, rows: Sequence[int], batch_size: int, workers: int = 0) -> Iterator[Any]:
-    """Yield collated batches of these rows, in order."""
+def read(dataset: Any, batches: Sequence[list[int]], workers: int = 0) -> Iterator[Any]:
+    """Yield the collated samples of each of these lists of rows."""
     if type(dataset) is TensorDataset:  # whose rows need not be put together one by one
-        chunks = (list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
-        return ([tensor[chunk] for tensor in dataset.tensors] for chunk in chunks)
-    return iter(DataLoader(dataset, batch_size, sampler=rows, num_workers=workers))
+        return ([tensor[rows] for tensor in dataset.tensors] for rows in batches)
+    return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers))
 
 
 def first(dataset: Any, count: int, start: int = 0) -> Any:
