@@ -302,6 +302,16 @@ def test_workers_read_the_same_rows(tmp_path: Path) -> None:
         assert all(map(torch.equal, one, other))
 
 
+def test_workers_may_read_the_samples(tmp_path: Path) -> None:
+    """Processes that read samples change nothing in the rows, nor in what is compared on opening."""
+    features = cache_features(frozen_mlp(), data(), tmp_path, batch_size=8, tell=quiet)
+    subset = torch.utils.data.Subset(data(), range(50))  # is read one by one
+    again = cache_features(frozen_mlp(), subset, tmp_path, batch_size=8, workers=2, tell=quiet)
+    assert again.manifest.build == features.manifest.build
+    fresh = cache_features(frozen_mlp(), subset, tmp_path / "fresh", batch_size=8, workers=2, tell=quiet)
+    assert all(map(torch.equal, all_rows(fresh), all_rows(features)))
+
+
 class Mapped(Dataset[Any]):
     """Samples that are dicts, as tokenisers give them."""
 
