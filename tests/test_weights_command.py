@@ -5,9 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+import typer
+
 from tests.test_weights_golden import GOLDEN
+from unvanish import TargetError
+from unvanish.output import Output
+from unvanish.weights import Wanted, show
 
 MODEL = """
 import torch
@@ -38,7 +45,7 @@ def test_a_file_is_listed(tmp_path: Path) -> None:
 
 
 def test_the_plan_for_a_model_and_its_exit_codes(tmp_path: Path) -> None:
-    """0 if it would load, 1 if it would be refused, 3 if file or factory cannot be loaded, 2 for a wrong call."""
+    """0 if it would load, 1 if it would be refused, 3 if the file cannot be loaded."""
     (tmp_path / "m.py").write_text(MODEL)
     dense = str(GOLDEN / "keras_dense.keras")
     done = run(dense, "--onto", "m.py:with_loss", "--json", "-", cwd=tmp_path)
@@ -51,13 +58,22 @@ def test_the_plan_for_a_model_and_its_exit_codes(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert "it would be refused" in done.stdout
     assert "expected (5, 5)" in done.stdout
-    done = run(dense, "--onto", "m.py:broken", cwd=tmp_path)
-    assert done.returncode == 3
-    assert "no model today" in done.stderr
-    done = run(dense, "--onto", "m.py:nothing", cwd=tmp_path)
-    assert (done.returncode, done.stderr[:26]) == (3, "unvanish: weights: factory")
     (tmp_path / "bad.keras").write_bytes(b"PK\x03\x04 no archive")
     done = run("bad.keras", cwd=tmp_path)
     assert done.returncode == 3
     assert "unvanish: weights: file 'bad.keras': found damaged content" in done.stderr
-    assert run(cwd=tmp_path).returncode == 2
+
+
+def test_a_factory_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the user's code raises is shown whole; a name that is not there is an error of the target."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "failing.py").write_text(MODEL)
+    wanted = Wanted(GOLDEN / "flax_dense.msgpack", f"{tmp_path}/failing.py:broken", (), (), None, "", "")
+    with pytest.raises(typer.Exit) as ended:
+        show(wanted, Output())
+    assert ended.value.exit_code == 3
+    assert "no model today" in capsys.readouterr().err
+    with pytest.raises(TargetError, match="weights: factory 'nothing' in"):
+        show(replace(wanted, onto=f"{tmp_path}/failing.py:nothing"), Output())
