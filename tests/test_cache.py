@@ -213,6 +213,24 @@ def test_what_crosses_the_border(tmp_path: Path) -> None:
         assert find_cut(model, case.batch()).names == names
 
 
+def test_marks_follow_the_data() -> None:
+    """Through views, changes in place, whole numbers and `item()`; not through shapes."""
+    from unvanish.reuse.cache.flow import Flow
+
+    flow, a, b = Flow(), torch.ones(4), torch.zeros(4)
+    flow.mark(a, {"a"})
+    flow.mark(b, {"b"})
+    with flow:
+        whole = torch.zeros(2, 2)
+        whole[0].add_(a[:2].detach())
+        shaped = torch.ones(a.shape)
+        taken = (b > 0).sum().item()
+    assert flow.marks(whole) == {"a"}
+    assert flow.marks(shaped) == set()
+    assert flow.leaked == {"b"}
+    assert taken == 0
+
+
 def test_a_compiled_model_and_a_trunk_of_its_own(tmp_path: Path) -> None:
     """What `torch.compile` returned has the model inside; a model that is frozen whole gives its output."""
     model = frozen_mlp()
