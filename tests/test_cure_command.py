@@ -170,7 +170,7 @@ def test_a_script_that_never_ends_is_cut_off(tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_the_children_and_the_same_command_goes_on(tmp_path: Path) -> None:
     """After Ctrl-C the table so far is printed, no trial is left running, and finished trials are read back."""
-    write_script(tmp_path, more="import time; time.sleep(0.05)")
+    write_script(tmp_path, more="import time; time.sleep(0.1)")
     command = [sys.executable, "-m", "unvanish", "cure", "train.py"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
