@@ -16,7 +16,7 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow --timeout 1800
