@@ -112,7 +112,7 @@ def cifar(folder: Path | None) -> Task:
 
     return Task(
         read(~is_vehicle & is_train, 6000), read(is_vehicle & is_train, 400), read(is_vehicle & ~is_train, 1000),
-        larger_net, source_steps=1000, steps=300, labels=(25, 100, 400),
+        larger_net, source_steps=600, steps=300, labels=(40, 400),
     )  # fmt: skip
 
 
