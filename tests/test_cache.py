@@ -470,6 +470,26 @@ def test_a_changed_layer_is_named(change: Callable[[Any], None], layer: str, tmp
         assert torch.equal(all_rows(features)[0], copy.deepcopy(model[:5]).eval()(pictures().tensors[0]))
 
 
+class Scaled(nn.Linear):
+    """Has a setting that its repr does not show, too small a change for rows that are computed again."""
+
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * super().forward(x)
+
+
+def test_a_setting_of_a_module_of_ones_own_is_noticed(tmp_path: Path) -> None:
+    """Plain attributes of modules are part of the key."""
+    model = nn.Sequential(Scaled(7, 5), nn.Linear(5, 3))
+    freeze_to(model, -1)
+    model[0].scale = 2.0
+    cache_features(model, data(), tmp_path, tell=quiet)
+    model[0].scale = 2.0 + 1e-6
+    with pytest.raises(StaleCacheError, match="layer '0'"):
+        cache_features(model, data(), tmp_path, tell=quiet)
+
+
 def test_another_cut_is_noticed(tmp_path: Path) -> None:
     """Freezing less is another cache."""
     model = frozen_mlp()
