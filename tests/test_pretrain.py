@@ -738,7 +738,8 @@ def test_the_treatment_waits_for_enough_rows() -> None:
 
 def test_a_backward_pass_that_is_due_goes_on() -> None:
     """Where a loss of several forward passes is on its way when the layers are pretrained, it still has gradients."""
-    model = sigmoids()
+    hidden = (nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 4), nn.Sigmoid())
+    model = nn.Sequential(*hidden, nn.Linear(4, 1))  # the second weight is needed on the way back
     with unvanish.treat(model, None, "greedy-pretraining=rbm,20", inputs=(torch.rand(10, 4),)):
         loss = sum(model(torch.rand(10, 4)).square().mean() for _ in range(3))
         assert isinstance(loss, Tensor)
