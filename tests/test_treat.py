@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -562,6 +563,7 @@ def test_recurrences_of_rectifiers_start_as_the_identity(cell: nn.Module) -> Non
 
 def test_zero_grad_gives_the_numbers_of_the_mended_loop() -> None:
     """Cleared too early or never, with ``zero-grad`` ten steps are those of the mended loop; undone, they are not."""
+    zero_grad = nn.Module.zero_grad
 
     def train(place: str, *treatments: str) -> list[float]:
         torch.manual_seed(0)
@@ -577,10 +579,30 @@ def test_zero_grad_gives_the_numbers_of_the_mended_loop() -> None:
                 if place == "between":
                     optimizer.zero_grad()
                 optimizer.step()
-        assert "zero_grad" not in vars(model) | vars(optimizer)
+            pickle.dumps(model)  # a script may save it whole
+            assert "zero_grad" not in vars(model)
+        assert nn.Module.zero_grad is zero_grad
+        assert "zero_grad" not in vars(optimizer)
         return [p.sum().item() for p in model.parameters()]
 
     mended = train("before")
     for place in ("before", "between", "never"):
         assert train(place, "zero-grad") == mended
     assert train("between") != mended != train("never")
+
+
+def test_safe_math_reaches_every_treated_model() -> None:
+    """Of two treated models both are safe where gradients are off, and nothing else is."""
+
+    class Log(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.log()
+
+    one, two = Log(), Log()
+    edge = torch.zeros(1)
+    with unvanish.treat(one, None, "safe-math"), unvanish.treat(two, None, "safe-math"), torch.no_grad():
+        assert one(edge).isfinite()
+        assert two(edge).isfinite()
+        assert not edge.log().isfinite()
+    with torch.no_grad():
+        assert not two(edge).isfinite()

@@ -216,13 +216,13 @@ class _Search:
         self.untreated = untreated
         self.length = state.length = untreated.steps
         if untreated.is_cut_off:
-            self.length = state.length = max(int(CUT_OFF_SHARE * untreated.steps), 1)
+            self.length = max(int(CUT_OFF_SHARE * untreated.steps), 1)
         self.least = min(informative_steps(untreated), self.length)
         if self.score is loss_level and _overfits(state.findings) and math.isfinite(held_out_level(untreated, 0)):
             self.score, state.metric = held_out_level, "held-out loss"
         self.facts = facts_of(untreated.recording)
-        state.budget, state.used = int(budget * untreated.steps), untreated.steps
-        state.baseline = (self.score(untreated, self.length),)
+        state.budget, state.used = int(budget * state.length), state.length
+        state.baseline = (self.score(untreated, state.length),)
         self.told(state)
         if not state.is_needed or state.error:
             return

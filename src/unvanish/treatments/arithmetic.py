@@ -17,6 +17,7 @@ NEAREST = 1e-7  # to such a point; about the distance of two float32 numbers at 
 LARGEST_EXPONENT = 80.0  # e**80 = 6e34, and sums of such are finite, too
 
 Guarded = Callable[..., Any]
+_calls = [0]  # of treated models that are running
 
 
 def safe_math() -> Treatment:
@@ -41,17 +42,12 @@ def safe_math() -> Treatment:
     """
 
     def apply(patient: Patient) -> Steps:
-        depth = [0]
-
         def enter() -> None:
-            depth[0] += 1
+            _calls[0] += 1
 
         def leave(_: None, output: Any) -> Any:
-            depth[0] -= 1
+            _calls[0] -= 1
             return output
-
-        def is_on() -> bool:
-            return torch.is_grad_enabled() or depth[0] > 0
 
         with ExitStack() as stack:
             for handle in around_forward(patient.model, enter, leave):
@@ -59,7 +55,7 @@ def safe_math() -> Treatment:
             if not hasattr(torch.log, "is_safe"):  # once, however many models are treated
                 for owner, name, guard in _GUARDS:
                     original = getattr(owner, name)
-                    setattr(owner, name, _guarded(original, guard, is_on))
+                    setattr(owner, name, _guarded(original, guard))
                     stack.callback(setattr, owner, name, original)
             yield Change("safe-math", "log, sqrt, quotients and exp stay finite")
 
@@ -70,10 +66,10 @@ def safe_math() -> Treatment:
     )  # fmt: skip
 
 
-def _guarded(original: Guarded, guard: Callable[..., tuple[Any, ...]], is_on: Callable[[], bool]) -> Guarded:
+def _guarded(original: Guarded, guard: Callable[..., tuple[Any, ...]]) -> Guarded:
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not is_on():
+        if not (torch.is_grad_enabled() or _calls[0]):
             return original(*args, **kwargs)
         return original(*guard(*args), **kwargs)
 

@@ -40,11 +40,18 @@ def zero_grad() -> Treatment:
         def after(owner: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             clear[optimizers.index(owner)](owner, set_to_none=True)
 
+        original = nn.Module.zero_grad
+
+        def of_others(module: nn.Module, set_to_none: bool = True) -> None:
+            if module is not patient.model:
+                original(module, set_to_none)
+
         with ExitStack() as stack:
             for optimizer in optimizers:
                 stack.callback(optimizer.register_step_post_hook(after).remove)
-            for owner in (patient.model, *optimizers):
-                stack.enter_context(_without(owner, "zero_grad"))
+                stack.enter_context(_replaced(optimizer, "zero_grad", _nothing))
+            # not on the model itself: it would be saved with it
+            stack.enter_context(_replaced(nn.Module, "zero_grad", of_others))
             yield Change("zero-grad", "gradients are cleared after each step", preserves_function=True)
 
     return Treatment(
@@ -52,17 +59,22 @@ def zero_grad() -> Treatment:
     )
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand for a method whose calls are to be ignored."""
+
+
 @contextmanager
-def _without(owner: Any, name: str) -> Iterator[None]:
-    """Let a method of one object do nothing."""
-    kept = vars(owner).get(name)
-    object.__setattr__(owner, name, lambda *args, **kwargs: None)
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an object or class another attribute of this name, and put its own back."""
+    has_own, own = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        object.__delattr__(owner, name)
-        if kept is not None:
-            object.__setattr__(owner, name, kept)
+        if has_own:
+            setattr(owner, name, own)
+        else:
+            delattr(owner, name)
 
 
 def descend() -> Treatment:
