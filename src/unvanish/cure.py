@@ -266,7 +266,7 @@ class _Search:
             if self._verify(trial):
                 return
 
-    def _mend(self, repair: Combination) -> bool:
+    def _mend(self, repair: Combination) -> None:
         """Mend a mistake of the script on fresh seeds, look for it, and test whether the loss falls.
 
         What the script called its loss before is no measure of what it is afterwards: so the loss is compared with its
@@ -275,7 +275,7 @@ class _Search:
         steps = min(self.length, (self.state.budget - self.state.used) // FRESH_SEEDS)
         if steps < min(MIN_STEPS, self.length):
             self.state.notes.append(NO_BUDGET)
-            return False
+            return
         treated = Trial(repair, steps)
         self.state.trials.append(treated)
         starts: list[float] = []
@@ -289,13 +289,12 @@ class _Search:
 
         self._measure([(treated, seed) for seed in range(1, FRESH_SEEDS + 1)], level)
         if treated.error or mistakes:
-            return False
+            return
         treated.untreated = median(starts)
         gain, spread, p = paired_test(starts, treated.values)
         if p >= SIGNIFICANCE or gain < LEAST_GAIN:
-            return False
+            return
         self.state.winner = Winner(repair, gain, spread, p, self.code_of(repair), is_mended=True)
-        return True
 
     def _rung(self, trials: list[Trial], share: float) -> list[Trial]:
         """Give each trial an equal part of a share of one run's steps; all but the better half are stopped."""

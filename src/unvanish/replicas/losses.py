@@ -49,8 +49,12 @@ def losses_of(loss_fn: LossFn, outputs: Any, y: Any, n: int, *, is_separate: boo
     return torch.stack(losses)  # (n,)
 
 
-def scalar(loss: Any) -> Tensor:
+def scalar(loss: Any, where: str = "Replicas.loss()") -> Tensor:
     """Return a loss that is one number.
+
+    Args:
+        loss: What a loss function returned.
+        where: Whose argument that function is.
 
     Raises:
         OptionError: if it is not.
@@ -59,8 +63,8 @@ def scalar(loss: Any) -> Tensor:
         return loss
     found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
     raise OptionError(
-        f"Replicas.loss(): loss_fn: found {found}, expected one number for one replica, such as the mean over its "
-        "batch. Write loss_fn=lambda output, y: ....mean()."
+        f"{where}: loss_fn: found {found}, expected one number for one network, such as the mean over its batch. "
+        "Write loss_fn=lambda output, y: ....mean()."
     )
 
 

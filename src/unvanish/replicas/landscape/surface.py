@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ...errors import OptionError
 from ...graph import walk
 from ..backends import LossFn, call
+from ..losses import scalar
 from ..stack import named_tensors
 from ..statistics import estimate_statistics
 
@@ -119,14 +120,7 @@ class Surface:
         return total
 
     def _loss(self, output: Any, y: Any) -> Tensor:
-        loss = self.loss_fn(output, y)
-        if isinstance(loss, Tensor) and loss.dim() == 0:
-            return loss
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise OptionError(
-            f"landscape(): loss_fn: found {found}, expected one number, the mean over a batch. "
-            "Write loss_fn=torch.nn.functional.cross_entropy."
-        )
+        return scalar(self.loss_fn(output, y), "landscape()")
 
 
 class _Called(nn.Module):
