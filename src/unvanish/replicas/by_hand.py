@@ -65,6 +65,7 @@ class Batched:
 
     def __init__(self) -> None:
         self._signature: inspect.Signature | None = None
+        self._modules: list[nn.Module] = []
         self._plans: dict[tuple[Any, ...], Plan] = {}
 
     def __call__(
@@ -85,22 +86,25 @@ class Batched:
         """
         if self._signature is None:
             self._signature = inspect.signature(stacked.forward)
+            self._modules = list(stacked.modules())
         arguments = _arguments(self._signature, x)
         if is_separate:
             arguments = {name: _separate(value, n) for name, value in arguments.items()}
-        modes = tuple(module.training for module in stacked.modules())
-        key = (modes, *arguments)
+        key = (tuple([module.training for module in self._modules]), *arguments)
         if key not in self._plans:
             self._plans[key] = Plan(stacked, set(arguments))
         outputs = self._plans[key](Where(n, streams), arguments)
         return losses_of(loss_fn, outputs, y, n, is_separate=is_separate)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_signature": None, "_plans": {}}
+        return {"_signature": None, "_modules": [], "_plans": {}}
 
 
 def _arguments(signature: inspect.Signature, x: Any) -> dict[str, Any]:
     """Return the arguments of a call by their names."""
+    first = next(iter(signature.parameters.values()), None)
+    if isinstance(x, Tensor) and first is not None and first.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        return {first.name: x}  # what nearly all are called with, and `bind` is slow
     if isinstance(x, Mapping):
         bound = signature.bind(**x)
     else:

@@ -101,6 +101,7 @@ class Coupling:
         check_settings(replicas, strength, every, force, scale, outer)
         check_kicks(replicas, force, gamma, form)
         self.replicas = replicas
+        self._parameters = dict(replicas.stacked.named_parameters())  # held, as an optimiser holds them
         self.strength = strength
         self.every = every
         self.force = force
@@ -159,18 +160,21 @@ class Coupling:
         strength = check_strength(strength)
         if strength == 0 or self.force is None:
             return
-        weights, rows = self._trained(), self._alive()
+        weights, means, rows = self._survey()
         if not rows:
             return
-        self._memory.rows = rows
-        self._memory.gamma = self.gamma(self._steps) if callable(self.gamma) else self.gamma
+        memory = self._memory
+        memory.gamma = self.gamma(self._steps) if callable(self.gamma) else self.gamma
         if len(rows) == self.replicas.n:
-            FORCES[self.force](weights, strength, self._memory)
-            return
-        finite = {name: each[rows] for name, each in weights.items()}
-        FORCES[self.force](finite, strength, self._memory)
-        for name, each in weights.items():
-            each[rows] = finite[name]
+            memory.rows, memory.means = rows, means
+            FORCES[self.force](weights, strength, memory)
+        else:
+            finite = {name: each[rows] for name, each in weights.items()}
+            memory.rows, memory.means = rows, {name: each.mean(0, keepdim=True) for name, each in finite.items()}
+            FORCES[self.force](finite, strength, memory)
+            for name, each in weights.items():
+                each[rows] = finite[name]
+        memory.means = {}
 
     def centre(self, loader: Iterable[Any] | None = None) -> nn.Module:
         """Return a plain model with the weights that the replicas are pulled to, or their mean.
@@ -256,13 +260,19 @@ class Coupling:
         return f"Coupling(strength={self.strength!r}, every={self.every}, force={self.force!r}, scale={scale})"
 
     def _trained(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.replicas.stacked.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self._parameters.items() if p.requires_grad}
+
+    @torch.no_grad()
+    def _survey(self) -> tuple[dict[str, nn.Parameter], dict[str, Tensor], list[int]]:
+        """Return the weights, their means, and which replicas are finite; note the others."""
+        weights = self._trained()
+        means = {name: each.mean(0, keepdim=True) for name, each in weights.items()}
+        rows = finite_replicas(weights, self.replicas.n, means)
+        self._lost.note(rows, self.replicas.n, self._steps)
+        return weights, means, rows
 
     def _alive(self) -> list[int]:
-        """Return the finite replicas, and note the others."""
-        rows = finite_replicas(self._trained(), self.replicas.n)
-        self._lost.note(rows, self.replicas.n, self._steps)
-        return rows
+        return self._survey()[2]
 
     def _note_losses(self, losses: Tensor | None) -> None:
         if self.force != "leader":

@@ -6,6 +6,7 @@ function, a line in `FORCES`, and what it has to remember in `Memory`.
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from .binary import Levels, discrete
 from .kicks import Form, kick
-from .stack import mean
 
 Force = Literal["elastic", "tanh", "leader", "centre", "outer", "binary"]
 Weights = Mapping[str, Tensor]  # each (replicas, *shape)
@@ -31,6 +31,7 @@ class Memory:
     outer: torch.optim.Optimizer | None = None  # moves that centre
     losses: list[float] = field(default_factory=list)  # of each replica, summed since the last pull
     rows: Sequence[int] = ()  # which replicas the weights are of: the finite ones
+    means: dict[str, Tensor] = field(default_factory=dict)  # of the weights, over these; (1, *shape)
     levels: dict[str, Levels] = field(default_factory=dict)  # of the weights that are latent
     gamma: float = 0.05  # of the kick, at this pull
     form: Form = "simple"  # of the kick
@@ -38,14 +39,14 @@ class Memory:
 
 def elastic(weights: Weights, strength: float, memory: Memory) -> None:
     """Close a share of the gap to the mean: the move is ``s (c - W_a)``."""
-    for each in weights.values():
-        each.lerp_(mean(each), strength)
+    for name, each in weights.items():
+        each.lerp_(memory.means[name], strength)
 
 
 def tanh(weights: Weights, strength: float, memory: Memory) -> None:
     """Close the gap to the mean as the linear pull does, but by no more than a share of the scale."""
-    for each in weights.values():
-        each.add_(memory.scale * torch.tanh((mean(each) - each) / memory.scale), alpha=strength)
+    for name, each in weights.items():
+        each.add_(memory.scale * torch.tanh((memory.means[name] - each) / memory.scale), alpha=strength)
 
 
 def leader(weights: Weights, strength: float, memory: Memory) -> None:
@@ -68,8 +69,8 @@ def centre(weights: Weights, strength: float, memory: Memory) -> None:
 def outer(weights: Weights, strength: float, memory: Memory) -> None:
     """Move the centre by the outer optimiser, with its distance to the mean as gradient; then pull to it."""
     assert memory.outer is not None
-    for name, each in weights.items():
-        memory.centre[name].grad = memory.centre[name] - mean(each)[0]
+    for name in weights:
+        memory.centre[name].grad = memory.centre[name] - memory.means[name][0]
     memory.outer.step()
     memory.outer.zero_grad()
     for name, each in weights.items():
@@ -85,7 +86,7 @@ def binary(weights: Weights, strength: float, memory: Memory) -> None:
             values = discrete(each.flatten(0, 1), levels).view_as(each)
             each.add_(kick(values, memory.gamma, memory.form, levels=levels), alpha=strength)
         else:
-            each.lerp_(mean(each), strength)
+            each.lerp_(memory.means[name], strength)
 
 
 FORCES: Mapping[Force, Callable[[Weights, float, Memory], None]] = {
@@ -99,13 +100,20 @@ FORCES: Mapping[Force, Callable[[Weights, float, Memory], None]] = {
 OWN_CENTRE: tuple[Force, ...] = ("centre", "outer")  # these pull one replica alone, too
 
 
-def finite_replicas(weights: Weights, n: int) -> list[int]:
+def finite_replicas(weights: Weights, n: int, means: Weights) -> list[int]:
     """Return the replicas without nan or infinity.
 
-    Cost: one pass over the weights and one synchronisation; a second pass where something is not finite.
+    A mean over replicas is finite only if all of them are.
+
+    Args:
+        weights: Of all replicas.
+        n: Replicas.
+        means: Of the weights, over the replicas.
+
+    Cost: one pass over the means and one synchronisation; a pass over the weights where something is not finite.
     """
-    sums = [_total(each) for each in weights.values()]
-    if not sums or bool(torch.stack([each.to(sums[0].device) for each in sums]).sum().isfinite()):
+    sums = [_total(each) for each in means.values()]
+    if not sums or cmath.isfinite(torch.stack([each.to(sums[0].device) for each in sums]).sum().item()):
         return list(range(n))
     finite = torch.stack([each.isfinite().flatten(1).all(1).cpu() for each in weights.values()]).all(0)
     return [i for i in range(n) if finite[i]]

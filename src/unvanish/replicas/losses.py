@@ -37,7 +37,7 @@ def losses_of(loss_fn: LossFn, outputs: Any, y: Any, n: int, *, is_separate: boo
         is_separate: Whether tensors of ``y`` have a leading axis of replicas.
     """
     if isinstance(outputs, Stacked) and isinstance(y, Tensor):
-        at_once = _at_once(loss_fn, outputs.front(), y if is_separate else y.expand(n, *y.shape))
+        at_once = _at_once(loss_fn, outputs, y if is_separate else y.expand(n, *y.shape))
         if at_once is not None:
             return at_once
     leaves, structure = tree_flatten(outputs)
@@ -74,13 +74,13 @@ def part(value: Any, i: int) -> Any:
     return tree_map(lambda leaf: leaf[i] if isinstance(leaf, Tensor) else leaf, value)
 
 
-def _at_once(loss_fn: LossFn, output: Tensor, y: Tensor) -> Tensor | None:
+def _at_once(loss_fn: LossFn, output: Stacked, y: Tensor) -> Tensor | None:
     """Return the losses if ``loss_fn`` is known to be a mean over rows or elements, none of which sees another."""
     by_element = _BY_ELEMENT.get(loss_fn if not isinstance(loss_fn, nn.Module) else type(loss_fn))
     if by_element is not None and getattr(loss_fn, "reduction", "mean") == "mean":
-        if output.shape != y.shape:  # broadcasts, which means another thing alone
+        if output.shape != y.shape[1:]:  # broadcasts, which means another thing alone
             return None
-        return by_element(output, y, reduction="none").flatten(1).mean(1)
+        return by_element(output.front(), y, reduction="none").flatten(1).mean(1)
     if loss_fn is F.cross_entropy:
         return _cross_entropy(output, y, -100, 0.0)
     if type(loss_fn) is nn.CrossEntropyLoss and loss_fn.weight is None and loss_fn.reduction == "mean":
@@ -88,15 +88,15 @@ def _at_once(loss_fn: LossFn, output: Tensor, y: Tensor) -> Tensor | None:
     return None
 
 
-def _cross_entropy(output: Tensor, y: Tensor, ignore_index: int, label_smoothing: float) -> Tensor | None:
-    # (n, batch, classes, ...) and (n, batch, ...)
-    if y.is_floating_point() or output.dim() != y.dim() + 1 or output.shape[:2] != y.shape[:2]:
+def _cross_entropy(output: Stacked, y: Tensor, ignore_index: int, label_smoothing: float) -> Tensor | None:
+    # (batch, classes, ...) of one replica, and (n, batch, ...) of all
+    if y.is_floating_point() or len(output.shape) != y.dim() or output.shape[:1] != y.shape[1:2]:
         return None
+    if output.layout == "turned":  # softmax of a few classes that lie in a row is slow
+        logits, labels = output.turned(), y
+    else:
+        logits, labels = output.front().flatten(0, 1), y.flatten(0, 1)
     rows = F.cross_entropy(
-        output.flatten(0, 1),
-        y.flatten(0, 1),
-        ignore_index=ignore_index,
-        reduction="none",
-        label_smoothing=label_smoothing,
+        logits, labels, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
     )
     return rows.view(len(y), -1).sum(1) / (y != ignore_index).flatten(1).sum(1)

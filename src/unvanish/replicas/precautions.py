@@ -70,6 +70,8 @@ class Losses:
 
     def note(self, alive: Sequence[int], n: int, step: int) -> None:
         """Take in which replicas are finite now."""
+        if len(alive) == n and not self.since:
+            return
         for i in range(n):
             if i in alive:
                 self.since.pop(i, None)

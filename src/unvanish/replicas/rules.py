@@ -37,10 +37,10 @@ def _over_images(function: Callable[..., Tensor]) -> Rule:
     def rule(_: Where, x: Any, *values: Any, **options: Any) -> Any:
         if not isinstance(x, Stacked):
             return function(x, *values, **options)
-        if x.is_folded:
+        if x.layout == "folded":
             return x.like(function(x.tensor, *values, **options))
-        many = function(x.tensor.flatten(0, 1), *values, **options)
-        return x.like(torch.unflatten(many, 0, (x.n, -1)))
+        many = function(x.front().flatten(0, 1), *values, **options)
+        return Stacked(torch.unflatten(many, 0, (x.n, -1)), x.n)
 
     return rule
 
@@ -70,7 +70,7 @@ def _dropout_of_channels(at: Where, module: Any, x: Any) -> Any:
     if at.streams is not None:
         raise NotUnderstood("dropout of channels from streams of random numbers")
     x = for_each(x, at.n)
-    return Stacked(F.dropout2d(x.folded(), module.p), at.n, True)
+    return Stacked(F.dropout2d(x.folded(), module.p), at.n, "folded")
 
 
 def _along(function: Callable[..., Any]) -> Rule:

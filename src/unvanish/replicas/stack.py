@@ -56,7 +56,7 @@ def mean(stacked: Tensor) -> Tensor:
         return first
     if first.numel() < _BLOCK or stacked.device.type != "cpu":
         # a sum of n equal numbers, divided by n, need not be that number
-        return first + (stacked - first).mean(0, keepdim=True)
+        return torch.add(first, (stacked - first).sum(0, keepdim=True), alpha=1 / len(stacked))
     centre = first.flatten().clone()
     blocks = zip(torch.split(centre, _BLOCK), torch.split(stacked.flatten(1), _BLOCK, 1), strict=True)
     for block, rows in blocks:

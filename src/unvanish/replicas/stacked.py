@@ -1,15 +1,18 @@
-"""A tensor of each replica in one, the two ways to lay them out, and what shapes mean for one of them."""
+"""A tensor of each replica in one, the three ways to lay them out, and what shapes mean for one of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .streams import Streams
+
+
+Layout = Literal["front", "folded", "turned"]
 
 
 class NotUnderstood(Exception):  # it never leaves the package: the loop takes over
@@ -28,41 +31,50 @@ class Stacked:
     """What the replicas hold at one place of their networks.
 
     Args:
-        tensor: ``(n, *shape of one replica)``; if folded, ``(batch, n * channels, ...)``, as grouped convolutions and
-            batch norms take it.
+        tensor: As the layout says.
         n: Replicas.
-        is_folded: Which of the two.
+        layout: ``"front"``: ``(n, *shape of one replica)``. ``"folded"``: ``(batch, n * channels, ...)``, as grouped
+            convolutions and batch norms take it. ``"turned"``: ``(n, features, batch)``, as products of stacked
+            matrices leave it.
     """
 
     tensor: Tensor
     n: int
-    is_folded: bool = False
+    layout: Layout = "front"
 
     @property
     def shape(self) -> torch.Size:
         """The shape that one replica sees."""
-        if not self.is_folded:
-            return self.tensor.shape[1:]
-        batch, channels, *places = self.tensor.shape
-        return torch.Size((batch, channels // self.n, *places))
+        first, second, *places = self.tensor.shape
+        if self.layout == "folded":
+            return torch.Size((first, second // self.n, *places))
+        if self.layout == "turned":
+            return torch.Size((*places, second))
+        return self.tensor.shape[1:]
 
     def front(self) -> Tensor:
         """Return the tensor with the replicas along the first axis."""
-        if not self.is_folded:
-            return self.tensor
-        return torch.unflatten(self.tensor, 1, (self.n, -1)).transpose(0, 1)
+        if self.layout == "folded":
+            return torch.unflatten(self.tensor, 1, (self.n, -1)).transpose(0, 1)
+        return self.tensor.transpose(1, 2) if self.layout == "turned" else self.tensor
 
     def folded(self) -> Tensor:
         """Return the tensor with the replicas' channels beside each other."""
-        if self.is_folded:
+        if self.layout == "folded":
             return self.tensor
         if self.tensor.dim() < 3:
             raise NotUnderstood(f"channels in a tensor of shape {tuple(self.shape)}")
-        return channels_last(self.tensor.transpose(0, 1).flatten(1, 2))  # (batch, n * channels, ...)
+        return channels_last(self.front().transpose(0, 1).flatten(1, 2))  # (batch, n * channels, ...)
+
+    def turned(self) -> Tensor:
+        """Return a batch of vectors with its rows along the last axis."""
+        if self.layout == "turned":
+            return self.tensor
+        return self.front().transpose(1, 2)  # (n, features, batch)
 
     def like(self, tensor: Tensor) -> Stacked:
         """Return another tensor that is laid out as this one."""
-        return Stacked(tensor, self.n, self.is_folded)
+        return Stacked(tensor, self.n, self.layout)
 
     def axis(self, dim: int) -> int:
         """Return which axis of `front` is the axis ``dim`` of one replica."""
@@ -90,7 +102,7 @@ def aligned(function: Callable[..., Tensor], n: int, values: Sequence[Any], opti
     others = [value for value in values if isinstance(value, Tensor) and value.dim()]
     if not stacked:
         return function(*values, **options)
-    if not others and all(s.is_folded == stacked[0].is_folded and s.shape == stacked[0].shape for s in stacked):
+    if not others and all(s.layout == stacked[0].layout and s.shape == stacked[0].shape for s in stacked):
         return stacked[0].like(function(*(v.tensor if isinstance(v, Stacked) else v for v in values), **options))
     rank = max([len(s.shape) for s in stacked] + [other.dim() for other in others])
     return Stacked(function(*(_with_rank(value, rank) for value in values), **options), n)

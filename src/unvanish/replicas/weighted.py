@@ -24,15 +24,19 @@ def binary_linear(at: Where, module: BinaryLinear, x: Any) -> Stacked:
 
 
 def _product(at: Where, x: Any, weight: Tensor, bias: Tensor | None) -> Stacked:
-    rows = for_each(x, at.n).front()
-    if rows.dim() < 3:
+    x = for_each(x, at.n)
+    if len(x.shape) < 2:
         raise NotUnderstood("a linear layer without a batch")
-    places = rows.shape[1:-1]
-    # The weight comes first: its gradient then lies in memory as the weight does, and is not copied.
+    if len(x.shape) == 2:
+        return Stacked(_times(weight, x.turned(), bias), at.n, "turned")
+    rows = x.front()
     turned = rows.flatten(1, -2).transpose(1, 2)  # (n, inputs, rows)
-    y = torch.bmm(weight, turned) if bias is None else torch.baddbmm(bias.unsqueeze(2), weight, turned)
-    y = y.transpose(1, 2)
-    return Stacked(y if len(places) == 1 else torch.unflatten(y, 1, places), at.n)
+    return Stacked(torch.unflatten(_times(weight, turned, bias).transpose(1, 2), 1, rows.shape[1:-1]), at.n)
+
+
+def _times(weight: Tensor, turned: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``(n, outputs, rows)``; the weight comes first, so that its gradient lies in memory as the weight does."""
+    return torch.bmm(weight, turned) if bias is None else torch.baddbmm(bias.unsqueeze(2), weight, turned)
 
 
 def _discrete(module: BinaryLinear | BinaryConv2d) -> Tensor:
@@ -58,7 +62,7 @@ def convolution(function: Callable[..., Tensor], *, is_discrete: bool = False) -
         bias = None if module.bias is None else module.bias.flatten()
         weight = (_discrete(module) if is_discrete else module.weight).flatten(0, 1)
         return Stacked(
-            function(images, weight, bias, module.stride, module.padding, module.dilation, groups), at.n, True
+            function(images, weight, bias, module.stride, module.padding, module.dilation, groups), at.n, "folded"
         )
 
     return rule
@@ -77,14 +81,14 @@ def batch_norm(at: Where, module: Any, x: Any) -> Stacked:
         for t in (module.running_mean, module.running_var, module.weight, module.bias)
     )
     normal = F.batch_norm(images, mean, variance, weight, bias, by_batch, module.momentum, module.eps)
-    return Stacked(normal, at.n, True)
+    return Stacked(normal, at.n, "folded")
 
 
 def group_norm(at: Where, module: nn.GroupNorm, x: Any) -> Stacked:
     """Normalise the groups of all replicas beside each other."""
     images = for_each(x, at.n).folded()
     weight, bias = (None if t is None else t.flatten() for t in (module.weight, module.bias))
-    return Stacked(F.group_norm(images, at.n * module.num_groups, weight, bias, module.eps), at.n, True)
+    return Stacked(F.group_norm(images, at.n * module.num_groups, weight, bias, module.eps), at.n, "folded")
 
 
 def layer_norm(at: Where, module: Any, x: Any) -> Stacked:
