@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,6 +218,116 @@ def test_a_loss_of_unknown_floor_is_not_called_poor() -> None:
     falling = np.linspace(1.0, 0.6, 400)
     assert illnesses(make_trace(falling, measures=dead, loss_paths=two_terms)) == []
     assert illnesses(make_trace(falling, measures=dead))[0] == "dead-units"
+
+
+BY_HAND = {
+    "facts": {"loss_kind": ""},
+    "loss_paths": ((Op("Neg"), Op("Mean"), Op("Log"), Op("Softmax", (32, 10), "", {"dim": 1}), CROSS_ENTROPY_PATH[2]),),
+}
+# inputs differ, outputs do not, and no gradient comes back
+BLIND: dict[str, dict[str, Any]] = {
+    "measures": {
+        "dead_share": [1.0, 1.0, 0.0],
+        "unit_std": [1.0, 0.0, 0.0],
+        "grad_rms": [0.0, 0.0, 1e-2],
+        "log2_flow": [-300.0, -300.0, 0.0],
+    },
+    "scalars": {"output_unit_std": 0.0},
+}
+ALIVE_AGAIN = np.where(np.arange(40)[:, None] < 25, [[1e-90, 1e-90, 1e-2]], 1e-2)
+
+
+@settings(deadline=None, max_examples=30)
+@given(scale=st.floats(1e-3, 1e3), offset=st.floats(-100, 100), share=st.floats(1e-3, 0.99))
+def test_a_net_that_ignores_its_input_learns_nothing_whatever_its_loss(
+    scale: float, offset: float, share: float
+) -> None:
+    """Units dead throughout, one answer for all: critical for a loss of any scale, sign and fall."""
+    losses = scale * np.geomspace(1.0, share, 400) + offset
+    (found,) = [found for found in findings_of(make_trace(losses, **BLIND, **BY_HAND)) if found.severity == "critical"]
+    assert found.illness == "dead-units"
+    assert found.layers[:2] == ("first", "middle")
+    assert "constant-output" in found.folded
+
+
+def test_a_known_loss_does_not_hide_that_the_input_is_ignored() -> None:
+    """Of classes of which one is nearly all, the constant answer has a tenth of ln K, and still nothing is learnt."""
+    losses = np.append(np.geomspace(2.3, 0.23, 50), np.full(350, 0.23))
+    cross_entropy = {"facts": {"loss_kind": "nll"}, "loss_paths": (CROSS_ENTROPY_PATH,)}
+    seeing = {**BLIND["measures"], "unit_std": 1.0}
+    assert findings_of(make_trace(losses, measures=seeing, **cross_entropy)).at_least("critical") == ()
+    assert illnesses(make_trace(losses, **BLIND, **cross_entropy))[0] == "dead-units"
+
+
+@pytest.mark.parametrize(
+    ("why", "changed"),
+    [
+        ("half of the units live", {"measures": {"dead_share": [0.5, 0.5, 0.0], "unit_std": 1.0}}),
+        ("a branch is dead, the output varies", {"measures": {"unit_std": 1.0}, "scalars": {}}),
+        ("a head of constant answers beside one that learns", {"measures": {"grad_rms": [1e-2, 0.0, 1e-2],
+                                                                            "log2_flow": 0.0}}),
+        ("one example a batch", {"scalars": {"output_unit_std": 0.0, "batch": 1.0}}),
+        ("the inputs are all the same", {"measures": {"unit_std": 0.0}}),
+        ("dead at first, alive later", {"measures": {"grad_rms": ALIVE_AGAIN, "log2_flow": np.log2(ALIVE_AGAIN)}}),
+        ("all is learnt, a constant term is left", {"measures": {"unit_std": 1.0, "grad_rms": 0.0}, "scalars": {}}),
+        ("layers that nobody saw", {"measures": {"unit_std": np.nan}}),
+    ],
+)  # fmt: skip
+def test_what_only_looks_like_ignoring_the_input(why: str, changed: dict[str, dict[str, Any]]) -> None:
+    """Constant outputs, dead layers and zero gradients have good reasons; only all of them together count."""
+    parts = {name: {**(BLIND[name] if values else {}), **values} for name, values in {**BLIND, **changed}.items()}
+    falling = np.linspace(1.0, 0.6, 400)
+    assert findings_of(make_trace(falling, **parts, **BY_HAND)).at_least("critical") == (), why
+
+
+def test_a_fit_without_rest_ignores_nothing() -> None:
+    """After a fit to a loss of exactly 0 no gradient is left, and an answer may be one for all: 0."""
+    fitted = {**BLIND["measures"], "grad_rms": 0.0, "dead_share": [0.1, 0.1, 1.0]}
+    losses = np.append(np.linspace(1.0, 0.1, 300), np.zeros(100))
+    assert illnesses(make_trace(losses, measures=fitted, scalars=BLIND["scalars"], **BY_HAND)) == []
+
+
+def test_a_rectifier_at_the_output_may_die_too() -> None:
+    """An output of 0 for all, without gradient, is a dead unit, and no rate is too low for it."""
+    chain = with_layer(layers(), 2, activation="relu")
+    still = {"grad_rms": 0.0, "update_ratio": 0.0, "log2_flow": np.nan, "log2_gain": np.nan, "delta_norm": 0.0}
+    dead = make_trace(
+        0.18, chain=chain, measures={**still, "dead_share": [0.1, 0.1, 1.0]}, scalars=BLIND["scalars"], **BY_HAND
+    )
+    (found,) = [found for found in findings_of(dead) if found.severity == "critical"]
+    assert (found.illness, found.layer) == ("dead-units", "out")
+    assert "learning-rate-too-low" not in found.folded
+
+
+def test_saturation_through_and_through_needs_no_scale() -> None:
+    """Sigmoids pinned at one end, from which one answer follows: critical although the loss of unknown scale fell."""
+    measures = {**BLIND["measures"], "dead_share": 0.0, "saturated_share": [1.0, 1.0, 0.0]}
+    falling = np.linspace(1.0, 0.6, 400)
+    pinned = make_trace(falling, chain=layers("sigmoid"), measures=measures, scalars=BLIND["scalars"], **BY_HAND)
+    assert findings_of(pinned)[0].illness == "saturated-activations"
+    assert findings_of(pinned)[0].severity == "critical"
+
+
+def test_hidden_layers_cut_off_from_the_loss_are_named() -> None:
+    """A gradient of exactly 0 at every hidden layer and sample is told of any loss; at one layer, or at first, not."""
+    falling = np.linspace(1.0, 0.6, 400)
+    cut = {"grad_rms": [0.0, 0.0, 1e-2], "log2_flow": [-300.0, -300.0, 0.0]}
+    (found,) = findings_of(make_trace(falling, measures=cut, **BY_HAND))
+    assert (found.illness, found.severity) == ("vanishing-gradient", "warning")
+    assert found.layers == ("first", "middle")
+    assert "exactly 0" in found.why
+    assert illnesses(make_trace(falling, measures={**cut, "grad_rms": [0.0, 1e-2, 1e-2]}, **BY_HAND)) == []
+    start = np.where(np.arange(40)[:, None] < 1, [[0.0, 0.0, 1e-2]], 1e-2)
+    assert illnesses(make_trace(falling, measures={**cut, "grad_rms": start}, **BY_HAND)) == []
+
+
+@pytest.mark.parametrize("idle", [{"dead_share": [1.0, 0.1, 0.0]}, {"grad_rms": [1e-2, 0.0, 1e-2]}])
+def test_a_branch_that_is_off_is_not_badly_initialised(idle: dict[str, list[float]]) -> None:
+    """Equal units that had no part in a run that learns are no illness of it; in a run that does not, they are."""
+    equal = with_layer(layers(), 1, is_symmetric=True)
+    assert illnesses(make_trace(chain=equal, measures=idle)) == []
+    assert illnesses(make_trace(chain=equal)) == ["poor-initialisation"]
+    assert illnesses(make_trace(FLAT, chain=equal, measures=idle))[0] == "poor-initialisation"
 
 
 def test_a_zero_initialised_last_layer_is_healthy() -> None:

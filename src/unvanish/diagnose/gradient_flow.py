@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..records import Finding, Layer, Severity, Trace
-from .progress import Progress, progress
+from .progress import MIN_STEPS, Progress, progress
 from .reading import (
+    always,
     at_start,
     column,
     first_step,
@@ -44,7 +45,7 @@ def _severity(learned: Progress) -> Severity:
 def vanishing_gradient(trace: Trace) -> Iterator[Finding]:
     """The product of backward gains leaves nothing for the first layers, and nothing is learnt."""
     learned, layers = progress(trace), trained_layers(trace)
-    if not layers or not learned.is_poor:
+    if not layers or not (learned.is_poor or _is_cut_off(trace, layers)):
         return
     flow = np.minimum(at_start(trace, "log2_flow"), throughout(trace, "log2_flow"))
     limit = VANISHED
@@ -57,12 +58,17 @@ def vanishing_gradient(trace: Trace) -> Iterator[Finding]:
     rms = throughout(trace, "grad_rms")[first]
     gain = np.nanmedian(throughout(trace, "log2_gain")[layers])
     lost = column(trace, "log2_flow", first) < limit
+    how = (
+        f"gets 2**{flow[first]:.0f} of it (rms {rms:.2g}), because each layer passes back {2**gain:.2g} of what it "
+        "receives."
+        if rms > 0
+        else "gets exactly 0: on the way back lies a function without slope."
+    )
     yield Finding(
         "vanishing-gradient",
-        "critical",
+        _severity(learned),
         f"{len(faint)} of {len(layers)} layers get less than {share} of the gradient at the output; "
-        f"{trace.layers[first].name!r} gets 2**{flow[first]:.0f} of it (rms {rms:.2g}), because each layer passes "
-        f"back {2**gain:.2g} of what it receives.",
+        f"{trace.layers[first].name!r} {how}",
         "Hochreiter 1991; Glorot & Bengio 2010, section 4.2; threshold: AutoTrainer 2021 with its accuracy gate",
         layer=trace.layers[first].name,
         layers=names(trace, faint),
@@ -70,6 +76,17 @@ def vanishing_gradient(trace: Trace) -> Iterator[Finding]:
         share_of_run=share_of_run(lost, column(trace, "log2_flow", first)),
         evidence={"log2_flow": float(flow[first]), "grad_rms": float(rms), "log2_gain": float(gain)},
         treatments=("he-init", "batch-norm", "skip-connections", "leaky-relu"),
+    )
+
+
+def _is_cut_off(trace: Trace, layers: list[int]) -> bool:
+    """Say whether all hidden layers got a gradient of exactly 0 at every sample, and what follows them did not."""
+    hidden = [place for place in layers if is_hidden(trace.layers[place])]
+    grads = trace.measures["grad_rms"]
+    others = grads[:, [place for place in layers if place not in hidden]]
+    is_long = trace.total_steps >= MIN_STEPS
+    return (
+        is_long and bool(hidden) and bool(always(grads[:, hidden], grads[:, hidden] == 0).all() and (others > 0).any())
     )
 
 
@@ -206,7 +223,7 @@ def dead_units(trace: Trace) -> Iterator[Finding]:
     layers = [
         place
         for place in running_layers(trace)
-        if trace.layers[place].activation in _DEAD_KINDS and is_hidden(trace.layers[place])
+        if trace.layers[place].activation in _DEAD_KINDS and (is_hidden(trace.layers[place]) or learned.is_blind)
     ]
     if not layers or not learned.is_poor:
         return

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..records import Op, Trace
+from .reading import ignores_input
 
 MIN_STEPS = 20  # below it nothing can be said about progress
 
@@ -36,6 +37,7 @@ class Progress:
     has_floor: bool  # zero is within reach, so that half of the baseline is a poor result
     is_finite: bool
     is_judgeable: bool  # the loss measures success: known kind, one optimiser, enough steps
+    is_blind: bool  # the outputs do not depend on the inputs, and no gradient can change that: whatever the loss says
     late_fall: float  # relative fall over the last fifth of the run
     noise: float  # spread of the late losses around their trend, relative to their level
     peak: float  # largest level after the start, relative to the baseline
@@ -50,12 +52,13 @@ class Progress:
     @property
     def has_failed(self) -> bool:
         """Say whether nothing, or next to nothing, was learnt."""
-        return not self.is_finite or (self.is_judgeable and self.remaining > 0.9)
+        return not self.is_finite or self.is_blind or (self.is_judgeable and self.remaining > 0.9)
 
     @property
     def is_poor(self) -> bool:
         """Say whether less than half of the baseline's loss was removed; of unknown losses, next to nothing."""
-        return not self.is_finite or (self.is_judgeable and self.remaining > (0.5 if self.has_floor else 0.9))
+        limit = 0.5 if self.has_floor else 0.9
+        return not self.is_finite or self.is_blind or (self.is_judgeable and self.remaining > limit)
 
 
 def progress(trace: Trace) -> Progress:
@@ -65,7 +68,7 @@ def progress(trace: Trace) -> Progress:
     is_finite = len(finite) > 0 and len(finite) == len(losses)
     if not len(finite):
         nan = math.nan
-        return Progress(trace.total_steps, nan, nan, nan, nan, nan, False, False, False, nan, nan, nan)
+        return Progress(trace.total_steps, nan, nan, nan, nan, nan, False, False, False, False, nan, nan, nan)
     levels = _levels(finite)
     start = float(np.median(finite[: max(3, min(10, len(finite) // 20))]))
     end, best = float(levels[-1]), float(levels.min())
@@ -87,6 +90,7 @@ def progress(trace: Trace) -> Progress:
         has_floor=has_floor,
         is_finite=is_finite,
         is_judgeable=bool(known and is_alone and trace.total_steps >= MIN_STEPS),
+        is_blind=end != 0 and trace.total_steps >= MIN_STEPS and ignores_input(trace),
         late_fall=(middle[0] - middle[1]) / abs(middle[0]) if middle[0] else 0.0,
         noise=float(
             np.std(tail - np.linspace(middle[0], middle[1], len(tail))) / (abs(float(np.median(tail))) + 1e-30)

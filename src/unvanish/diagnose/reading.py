@@ -13,6 +13,8 @@ from ..records import Layer, Op, Trace
 
 START_SAMPLES = 3
 SHOWS = 1e-6  # of a weight; rounding in float32 hides steps of less than 6e-8
+EQUAL = 1e-6  # spread over the examples, of the level: 32 equal float32 numbers have one of about 1e-7 by rounding
+SILENT = -24.0  # log2 of the precision of float32: the share of the output's gradient that a layer gets
 
 
 def at_start(trace: Trace, measure: str) -> NDArray[np.float64]:
@@ -80,6 +82,12 @@ def share_of_run(condition: NDArray[np.bool_], values: NDArray[np.float64]) -> f
     return float(np.mean(condition[seen])) if seen.any() else 0.0
 
 
+def always(values: NDArray[np.float32], condition: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Say of each layer whether a condition on its values holds at every sample that saw them, and at one at least."""
+    seen = ~np.isnan(values)
+    return np.asarray(seen.any(axis=0) & (condition | ~seen).all(axis=0))
+
+
 def names(trace: Trace, places: Iterable[int]) -> tuple[str, ...]:
     """Return the names of layers."""
     return tuple(trace.layers[place].name for place in places)
@@ -119,3 +127,32 @@ def is_stepping_in_place(trace: Trace) -> bool:
         return False
     with np.errstate(all="ignore"):
         return median_of(lr * gradients / weights) > SHOWS
+
+
+def ignores_input(trace: Trace) -> bool:
+    """Say whether nothing of the input reaches the output, and no gradient comes back, in the whole second half.
+
+    Inputs that differ go in, outputs that are the same come out, and each trained layer that still tells examples
+    apart gets no gradient. Such a network fits a constant at most: no loss, of whatever scale, makes that learning.
+    Each of the three alone is harmless: a head of constant answers, equal inputs, a gradient of zero after a fit.
+    """
+    half = late_half(trace)
+    spread, level = (trace.measures[name][half] for name in ("unit_std", "activation_rms"))
+    seen = np.isfinite(spread)
+    is_same = (seen.sum(axis=0) >= START_SAMPLES) & always(spread, (spread <= EQUAL * level) & (level < np.inf))
+    telling = [place for place in trained_layers(trace, with_norms=True) if not is_same[place]]
+    if not seen[:, telling].any() or not _gives_one_answer(trace, half, is_same):
+        return False
+    grads, flow = (trace.measures[name][half][:, telling] for name in ("grad_rms", "log2_flow"))
+    return bool(np.all(always(grads, grads == 0) | always(flow, flow < SILENT)))
+
+
+def _gives_one_answer(trace: Trace, half: slice, is_same: NDArray[np.bool_]) -> bool:
+    """Say whether the output of the model, or that of each layer next to the loss, is one for all examples."""
+    spread, level = trace.scalars["output_unit_std"][half], trace.scalars["output_rms"][half]
+    seen = np.isfinite(spread)
+    if np.any(trace.scalars["batch"][half][seen] <= 1):
+        return False  # one example is all examples
+    last = [place for place in running_layers(trace) if not is_hidden(trace.layers[place])]
+    is_one = seen.sum() >= START_SAMPLES and bool(np.all(spread[seen] <= EQUAL * level[seen]))
+    return is_one or (bool(last) and bool(is_same[last].all()))

@@ -78,6 +78,8 @@ def learning_rate_too_low(trace: Trace) -> Iterator[Finding]:
     learned, layers = progress(trace), _weights_layers(trace)
     if not layers or not learned.is_judgeable or not learned.is_finite or is_stepping_in_place(trace):
         return
+    if learned.is_blind:
+        return  # no rate helps where there is no gradient
     ratios = np.array([median_of(row) for row in trace.measures["update_ratio"][:, layers].astype(float)])
     lr = trace.scalars["lr"]
     peak_lr = float(np.nanmax(np.append(lr, 0.0)))

@@ -11,7 +11,7 @@ import numpy as np
 from ..records import Finding, Layer, Op, Severity, Trace
 from .loss_graph import REGRESSION, range_of_output
 from .progress import Progress, class_count, pooled_target_std, progress
-from .reading import is_stepping_in_place, median_of, names, scalar, trained_layers
+from .reading import always, is_stepping_in_place, median_of, names, running_layers, scalar, trained_layers
 
 UNCLEARED_SHARE = 0.5  # deliberate accumulation clears after each step; half the steps is no accident
 SMALL_NORM = 4  # sqrt(2 / (n - 1)) = 0.8: the variance estimate is off by its own size
@@ -325,6 +325,8 @@ def symmetric_units(trace: Trace) -> Iterator[Finding]:
         for place in trained_layers(trace)
         if trace.layers[place].is_symmetric and trace.layers[place].path_depth > 0
     ]
+    if layers and not progress(trace).is_poor:
+        layers = [place for place in layers if not _is_idle(trace, place)]
     if not layers:
         return
     yield Finding(
@@ -338,3 +340,10 @@ def symmetric_units(trace: Trace) -> Iterator[Finding]:
         evidence={"layers": len(layers), "units": trace.layers[layers[0]].units},
         treatments=("he-init", "xavier-init"),
     )
+
+
+def _is_idle(trace: Trace, place: int) -> bool:
+    """Say whether a layer had no part in the run: no gradient ever came, or nothing but zeros from the layer before."""
+    before = [p for p in running_layers(trace) if trace.layers[p].position < trace.layers[place].position]
+    grads, dead = trace.measures["grad_rms"][:, [place]], trace.measures["dead_share"][:, before[-1:]]
+    return bool(always(grads, grads == 0).all() or (before and always(dead, dead == 1).all()))
