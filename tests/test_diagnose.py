@@ -231,6 +231,7 @@ BLIND: dict[str, dict[str, Any]] = {
         "unit_std": [1.0, 0.0, 0.0],
         "grad_rms": [0.0, 0.0, 1e-2],
         "log2_flow": [-300.0, -300.0, 0.0],
+        "log2_gain": np.nan,
     },
     "scalars": {"output_unit_std": 0.0},
 }
@@ -248,6 +249,14 @@ def test_a_net_that_ignores_its_input_learns_nothing_whatever_its_loss(
     assert found.illness == "dead-units"
     assert found.layers[:2] == ("first", "middle")
     assert "constant-output" in found.folded
+
+
+def test_what_two_players_share_is_folded_once() -> None:
+    """A critic that is dead starves the generator too: each illness is told once, though the losses judge neither."""
+    game = {**BY_HAND, "facts": {"loss_kind": "", "takeovers": 399}}
+    (found,) = findings_of(make_trace(0.5, **BLIND, **game), make_trace(0.5, **BLIND, **game))
+    assert found.illness == "dead-units"
+    assert len(set(found.folded)) == len(found.folded) > 0
 
 
 def test_a_known_loss_does_not_hide_that_the_input_is_ignored() -> None:

@@ -17,6 +17,7 @@ from .reading import (
     first_step,
     is_hidden,
     late,
+    median_of,
     names,
     running_layers,
     share_of_run,
@@ -56,7 +57,7 @@ def vanishing_gradient(trace: Trace) -> Iterator[Finding]:
         return
     first, share = faint[0], "1e-4" if limit == VANISHED else "1/64"
     rms = throughout(trace, "grad_rms")[first]
-    gain = np.nanmedian(throughout(trace, "log2_gain")[layers])
+    gain = median_of(throughout(trace, "log2_gain")[layers])
     lost = column(trace, "log2_flow", first) < limit
     how = (
         f"gets 2**{flow[first]:.0f} of it (rms {rms:.2g}), because each layer passes back {2**gain:.2g} of what it "
@@ -74,7 +75,7 @@ def vanishing_gradient(trace: Trace) -> Iterator[Finding]:
         layers=names(trace, faint),
         step=first_step(trace, lost),
         share_of_run=share_of_run(lost, column(trace, "log2_flow", first)),
-        evidence={"log2_flow": float(flow[first]), "grad_rms": float(rms), "log2_gain": float(gain)},
+        evidence={"log2_flow": float(flow[first]), "grad_rms": float(rms), "log2_gain": gain},
         treatments=("he-init", "batch-norm", "skip-connections", "leaky-relu"),
     )
 

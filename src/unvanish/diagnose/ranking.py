@@ -49,7 +49,7 @@ def rank(findings: Iterable[Finding]) -> tuple[Finding, ...]:
         if kept and _follows(finding, kept[0]):
             kept[0] = replace(
                 kept[0],
-                folded=(*kept[0].folded, finding.illness),
+                folded=tuple(dict.fromkeys((*kept[0].folded, finding.illness))),
                 layers=tuple(dict.fromkeys((*kept[0].layers, *finding.layers))),
                 evidence={**kept[0].evidence, **{f"{finding.illness}.{k}": v for k, v in finding.evidence.items()}},
             )
