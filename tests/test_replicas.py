@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 import pickle
@@ -182,7 +183,7 @@ def test_uncoupled_replicas_are_separate_trainings(case: Case, optimizer: Any) -
     """Three replicas, started apart and given batches of their own, are three plain trainings bit for bit."""
     torch.manual_seed(0)
     models = [case.make() for _ in range(3)]
-    replicas = Replicas(models[0], n=3, init=lambda i: models[i])
+    replicas = Replicas(models[0], n=3, init=lambda i: models[i], backend="loop")
     torch.manual_seed(1)
     train_alone(models, case, optimizer, steps=5)
     torch.manual_seed(1)
@@ -196,7 +197,7 @@ def test_the_loss_is_the_sum_over_replicas(case: Case) -> None:
     """One shared batch gives the sum of the plain losses, and each replica the gradients of its own."""
     torch.manual_seed(0)
     models = [case.make().eval() for _ in range(3)]
-    replicas = Replicas(models[0], n=3, init=lambda i: models[i]).eval()
+    replicas = Replicas(models[0], n=3, init=lambda i: models[i], backend="loop").eval()
     x, y = case.batch()
     loss = replicas.loss(case.loss_fn, x, y)
     loss.backward()
@@ -262,7 +263,7 @@ def test_what_a_back_end_cannot_do_falls_back_and_says_so(
     """A pass that vmap or the rules of operations refuse, forward or backward, runs in the loop; one line tells why."""
     torch.manual_seed(0)
     case = Case(Branching, classes(5, 4)) if make is Branching else CASES["lstm"]
-    plain = Replicas(case.make(), n=2)
+    plain = Replicas(case.make(), n=2, backend="loop")
     replicas = Replicas(plain.replica(0), n=2, backend=backend)
     for each in (plain, replicas):
         torch.manual_seed(1)
@@ -304,7 +305,8 @@ def test_other_numbers_are_not_used(backend: Any, caplog: pytest.LogCaptureFixtu
 def test_the_trial_leaves_no_trace(backend: str) -> None:
     """Choosing a back end leaves weights, buffers, gradients and random numbers as they were."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, 3))
+    drops = nn.Identity() if backend == "auto" else nn.Dropout(0.2)  # seeds of dropout would be drawn, and stay
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), drops, nn.Linear(6, 3))
     fresh, tried = (Replicas(net, n=3, backend=backend) for _ in range(2))
     x, y = classes(8, 4)()
     tried.loss(F.cross_entropy, x, y)
@@ -321,6 +323,33 @@ def test_the_trial_leaves_no_trace(backend: str) -> None:
         assert replicas.stacked[1].num_batches_tracked.tolist() == [1, 1, 1]
     for one, other in zip(*after, strict=True):
         assert torch.equal(one, other)
+
+
+def test_what_is_fastest_does_not_change_what_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Back ends that are chosen by time drop the same units after the same seed; another seed drops others."""
+    net = nn.Sequential(nn.Linear(4, 60), nn.Dropout(0.5), nn.Linear(60, 3)).double()
+    x, y = classes(8, 4)()
+    losses = {}
+    for seed, chosen in itertools.product((0, 1), ("loop", "batched")):
+        monkeypatch.setattr("unvanish.replicas.replicas.choose", lambda *args, measure, chosen=chosen: chosen)
+        replicas = Replicas(net, n=3)
+        torch.manual_seed(seed)
+        losses[seed, chosen] = torch.stack([replicas.losses(F.cross_entropy, x.double(), y) for _ in range(3)])
+        assert len(set(losses[seed, chosen].flatten().tolist())) == 9
+    for seed in (0, 1):
+        torch.testing.assert_close(losses[seed, "loop"], losses[seed, "batched"], rtol=1e-12, atol=0)
+    assert not torch.allclose(losses[0, "loop"], losses[1, "loop"])
+
+
+def test_deterministic_algorithms_choose_the_loop() -> None:
+    """Where every run must give the same bits, no measurement decides."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        replicas = Replicas(mlp(), n=3)
+        replicas.loss(F.cross_entropy, *CASES["mlp"].batch())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert replicas._chosen == {}
 
 
 @pytest.mark.parametrize("backend", ["loop", "vmap", "batched"])
@@ -684,7 +713,7 @@ def test_replicas_that_see_the_same_are_one_network(force: Any) -> None:
     """Equal starts and equal batches give, at any strength, the plain training bit for bit."""
     torch.manual_seed(0)
     model = cnn()
-    replicas = Replicas(model, n=3)
+    replicas = Replicas(model, n=3, backend="loop")
     coupling = Coupling(replicas, 0.3, force=force)
     alone, together = (OPTIMIZERS["adamw"](each.parameters()) for each in (model, replicas))
     for _ in range(5):
@@ -885,4 +914,4 @@ def test_the_face() -> None:
     assert unvanish.Replicas is Replicas
     assert unvanish.Coupling is Coupling
     assert repr(Coupling(column(0))) == "Coupling(strength=0.01, every=1, force='elastic', scale=1.0)"
-    assert repr(Replicas(nn.Linear(1, 1), n=2)).startswith("Replicas(\n  n=2, backend='loop'")
+    assert repr(Replicas(nn.Linear(1, 1), n=2)).startswith("Replicas(\n  n=2, backend='auto'")

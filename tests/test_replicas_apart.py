@@ -73,7 +73,7 @@ def test_each_replica_has_a_learning_rate(name: str) -> None:
     """With groups of its parameters each replica is the plain training at its rate, bit for bit, whatever optimiser."""
     make = (lambda: nn.Linear(7, 3, bias=False)) if name == "muon" else mlp
     optimizer, models, batches = OPTIMIZERS[name], made(make), data()
-    replicas = Replicas(models[0], n=3, init=models.__getitem__)
+    replicas = Replicas(models[0], n=3, init=models.__getitem__, backend="loop")
     groups = [{"params": replicas.parameters_of(i), "lr": lr} for i, lr in enumerate(RATES)]
     own = optimizer(groups)
     replicas.check(own)

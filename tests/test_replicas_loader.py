@@ -137,7 +137,7 @@ def test_training_from_a_loader_is_separate_trainings() -> None:
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(20, 5), torch.randn(20, 1))
     models = [nn.Linear(5, 1) for _ in range(3)]
-    replicas = Replicas(models[0], n=3, init=models.__getitem__)
+    replicas = Replicas(models[0], n=3, init=models.__getitem__, backend="loop")
     loader = replicas.loader(data, batch_size=8, seed=1)
     optimizer = torch.optim.SGD(replicas.parameters(), 0.1)
     orders = []

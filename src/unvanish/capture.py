@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
@@ -16,11 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from .graph import MAX_NODES, GraphPlan, first_nonfinite, key, plan_graph, prediction_and_target, saved, walk
+from .graph import (
+    MAX_NODES,
+    GraphPlan,
+    first_nonfinite,
+    key,
+    plan_graph,
+    prediction_and_target,
+    read_loss_paths,
+    saved,
+    walk,
+)
 from .held_out import HeldOut
 from .layers import is_layer
 from .measures import delta_norm
 from .roster import Member, Roster
+from .shown import VIEWERS, Pass
 from .staging import SPECIAL, Slot, Stage
 
 MAX_PLANS = 32
@@ -45,6 +57,10 @@ class Capture:
         self.held_out = HeldOut(guard)
         self._before_model, self._after_layer = guard(self._enter_model), guard(self._read_call)
         self._at_output = guard(self._note_delta)
+        self._at_losses = guard(self._scale_deltas)
+        self.look = guard(self._look)
+        self.is_paused = False
+        self._shown: tuple[int, GraphPlan] | None = None  # the key of losses in the graph, and what is below them
         self._handles: list[Any] = []
         self._inside: nn.Module | None = None  # the model that is being called
         self._quiet: WeakSet[nn.Module] = WeakSet()  # modules of known models that are no layers
@@ -68,16 +84,18 @@ class Capture:
             register_module_forward_pre_hook(self._before_call),
             register_module_forward_hook(self._after_call, with_kwargs=True, always_call=True),
         ]
+        VIEWERS.add(self)
 
     def disarm(self) -> None:
         """Stop sampling and forget what is held of the step."""
         _remove(self._handles)
         self._handles = []
+        VIEWERS.discard(self)
         self.forget()
 
     def forget(self) -> None:
         """Forget the graph nodes and tensors of the step, so that their memory can go."""
-        self._inside = None
+        self._inside = self._shown = None
         self._outputs.clear()
         self._root_outputs.clear()
         self._deltas.clear()
@@ -97,7 +115,7 @@ class Capture:
             self.stage.slots[self.stage.filled] = Slot()
 
     def _before_call(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or self._inside is not None:
+        if torch.compiler.is_compiling() or self._inside is not None or self.is_paused:
             return  # the quick way for all that runs inside of a model
         self._before_model(module)
 
@@ -252,10 +270,40 @@ class Capture:
                 if what == "input":
                     stage.slot.facts.setdefault("batch", float(tensor.shape[0]) if tensor.dim() else 1.0)
 
+    def _look(self, compute: Pass, losses: Tensor) -> None:
+        """See a pass that is computed for this capture alone: its calls, its graph, the gradients at its layers."""
+        self._inside = self._shown = None
+        self._outputs.clear()
+        self._root_outputs.clear()
+        before = set(self._deltas)
+        loss, trained = compute()
+        self.read_graph(loss)
+        torch.autograd.grad(loss, trained, allow_unused=True)
+        losses.register_hook(functools.partial(self._at_losses, self._deltas.keys() - before))  # type: ignore[no-untyped-call]
+        if self.plan is not None and losses.grad_fn is not None:
+            self._shown = key(losses.grad_fn), self.plan
+
+    def _scale_deltas(self, shown: Collection[int], grad: Tensor) -> None:
+        """Give gradients that were shown the size that they have in the training: its loss may be a mean of losses."""
+        for number in shown:
+            if number in self._deltas:
+                self._deltas[number] = self._deltas[number] * grad[0].abs()
+
+    def _read_above(self, loss: Tensor, losses: int, shown: GraphPlan) -> None:
+        """Read the way from the loss down to the losses whose graph was shown."""
+        assert loss.grad_fn is not None
+        name = "losses"
+        above = read_loss_paths(loss.grad_fn, {losses: name}, frozenset((name,)))
+        ways = [path[:-1] for path in above if path[-1].layer == name]
+        self.plan = replace(shown, loss_paths=tuple((*way, *path) for way in ways for path in shown.loss_paths))
+
     def read_graph(self, loss: Tensor) -> None:
         """Read activations, prediction and target from the graph of a loss, before it is freed."""
         stage = self.stage
         if stage is None or loss.grad_fn is None:
+            return
+        if self._shown is not None:
+            self._read_above(loss, *self._shown)
             return
         nodes, signature = walk(loss.grad_fn)
         called = frozenset(self.roster.by_name.keys() & self._outputs.values())  # like models have like signatures

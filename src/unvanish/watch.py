@@ -215,12 +215,12 @@ class Watch:
         def guarded(*args: Any, **kwargs: Any) -> None:
             if is_dynamo_compiling() or not self._active:  # first: nothing else may be traced
                 return
-            begin = clock()
+            begin, inside = clock(), self.inside
             try:
                 callback(*args, **kwargs)
             except Exception as error:
                 self._fail(error)
-            self.inside += clock() - begin
+            self.inside = inside + clock() - begin  # whatever ran guarded in the callback is part of it
 
         return guarded
 

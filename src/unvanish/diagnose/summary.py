@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..records import SEVERITIES, Finding, Recording, Trace
 from .reading import late, median_of, running_layers
@@ -82,17 +81,13 @@ def _speeds_of(trace: Trace) -> dict[str, dict[str, float]]:
 
 
 def notes(recording: Recording) -> tuple[str, ...]:
-    """Say what the layers of stacked replicas show, and what they cannot show."""
-    found = []
-    for trace in recording.traces:
-        count = max((layer.replicas for layer in trace.layers), default=0)
-        if count:
-            seen: NDArray[np.bool_] = np.asarray(np.isfinite(trace.measures["delta_norm"]).any(axis=1))
-            flow = (
-                "activations and the flow of the gradient are those of the first"
-                if seen[1:].any()
-                else "activations and the flow of the gradient cannot be seen where all are computed at once"
-                + ("; they are those of the first step, when the ways to compute were compared" if seen.any() else "")
-            )
-            found.append(f"{count} replicas: gradients, weights and updates are those of all together; {flow}.")
-    return tuple(dict.fromkeys(found))
+    """Say what the layers of stacked replicas show."""
+    counts = [max((layer.replicas for layer in trace.layers), default=0) for trace in recording.traces]
+    return tuple(
+        dict.fromkeys(
+            f"{count} replicas: gradients, weights and updates are those of all together; "
+            "activations and the flow of the gradient are those of the first."
+            for count in counts
+            if count
+        )
+    )

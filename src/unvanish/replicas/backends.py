@@ -17,6 +17,7 @@ from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
 from ..errors import OptionError
+from ..untouched import same_random_state
 from .losses import LossFn as LossFn
 from .losses import part, scalar
 from .streams import Streams
@@ -56,6 +57,19 @@ def loop(
             losses.append(scalar(loss_fn(call(stacked, tensors, xi), yi)))
         keep_buffers(stacked, tensors, i)
     return torch.stack(losses)  # (n,)
+
+
+def first_alone(
+    stacked: nn.Module, loss_fn: LossFn, x: Any, y: Any, *, is_separate: bool, streams: Streams | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss of the first replica, stacked as in the loop, and its parameters; nothing else is touched."""
+    tensors = {name: p[0].detach().requires_grad_(p.requires_grad) for name, p in stacked.named_parameters()}
+    trained = [tensor for tensor in tensors.values() if tensor.requires_grad]
+    tensors |= {name: buffer[0].clone() for name, buffer in stacked.named_buffers()}
+    xi, yi = (part(x, 0), part(y, 0)) if is_separate else (x, y)
+    with same_random_state([stacked]), streams.aside(0) if streams else nullcontext():
+        loss = torch.stack([scalar(loss_fn(call(stacked, tensors, xi), yi))])  # (1,)
+    return loss, trained
 
 
 def vmapped(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..shown import unseen
 from ..untouched import untouched
 from .backends import loop, vmapped
 from .by_hand import Batched
@@ -56,6 +57,11 @@ def choose(
     return _fastest(stacked, losses, ["loop", *works]) if measure else works[0]
 
 
+def draws(stacked: nn.Module, losses: Callable[[Backend], Tensor]) -> bool:
+    """Say whether the loop draws random numbers in a call; nothing of the trial remains."""
+    return _try(stacked, losses, "loop").is_random
+
+
 class _Outcome(NamedTuple):
     """What a forward and a backward pass left: losses, gradients, buffers."""
 
@@ -65,13 +71,13 @@ class _Outcome(NamedTuple):
 
 
 def _try(stacked: nn.Module, losses: Callable[[Backend], Tensor], name: Backend) -> _Outcome:
-    with untouched(stacked):
+    with unseen(), untouched(stacked):
         before, start = _random_state(stacked), _now(stacked)
-        found = losses(name)
-        if found.requires_grad:
-            found.sum().backward()  # type: ignore[no-untyped-call]
+        found, grads = losses(name), []
+        if found.requires_grad:  # no backward(), of which others may hear
+            trained = [p for p in stacked.parameters() if p.requires_grad]
+            grads = [g for g in torch.autograd.grad(found.sum(), trained, allow_unused=True) if g is not None]
         seconds = _now(stacked) - start
-        grads = [p.grad for p in stacked.parameters() if p.grad is not None]
         is_random = not torch.equal(before, _random_state(stacked))
         return _Outcome([found.detach(), *grads, *(b.clone() for b in stacked.buffers())], seconds, is_random)
 

@@ -96,7 +96,5 @@ def _cross_entropy(output: Stacked, y: Tensor, ignore_index: int, label_smoothin
         logits, labels = output.turned(), y
     else:
         logits, labels = output.front().flatten(0, 1), y.flatten(0, 1)
-    rows = F.cross_entropy(
-        logits, labels, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
-    )
+    rows = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
     return rows.view(len(y), -1).sum(1) / (y != ignore_index).flatten(1).sum(1)

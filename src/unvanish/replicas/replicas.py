@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import OptionError
+from ..shown import show, unseen
 from .apart import Apart, check_optimizer, clip_norms_
-from .backends import LossFn, call, keep_buffers, one_of
-from .choice import Backend, backends, choose
+from .backends import LossFn, call, first_alone, keep_buffers, one_of
+from .choice import Backend, backends, choose, draws
 from .loader import ReplicaLoader
 from .stack import anew, check_equal, check_model, mean, named_tensors, stack, unstack
 from .stacked import NotUnderstood
@@ -45,10 +46,11 @@ class Replicas(nn.Module):
             and grouped convolutions. ``"vmap"``: all at once, by `torch.func.vmap`. Where the model does not allow
             them the loop is used: both are tried at the first loss, and the logger ``unvanish`` says if not.
             ``"auto"``: the fastest of the three in a short measurement at the first loss; a later run may choose
-            otherwise.
+            otherwise and differ in rounding. After ``torch.use_deterministic_algorithms(True)`` it is the loop.
         seeds: One whole number a replica: each then draws its own random numbers in the forward pass (dropout), those
             of a plain training after ``torch.manual_seed(seed)``, however many replicas there are. By default all
-            draw from the one generator of torch.
+            draw from the one generator of torch in turns; with ``"auto"`` seeds are drawn from it at the first loss
+            if the model draws random numbers, so that they do not depend on what is fastest.
 
     Raises:
         OptionError: if an argument cannot be used, or the models of ``init`` differ in architecture.
@@ -67,7 +69,7 @@ class Replicas(nn.Module):
         n: int = 3,
         init: Literal["shared", "separate"] | Callable[[int], nn.Module] = "shared",
         *,
-        backend: Backend | Literal["auto"] = "loop",
+        backend: Backend | Literal["auto"] = "auto",
         seeds: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
@@ -91,7 +93,7 @@ class Replicas(nn.Module):
         self.training = model.training
         self._readout: Readout = "centre" if init == "shared" else "ensemble"
         self._backends = backends()
-        self._streams = None if seeds is None else Streams(seeds, next(self.stacked.parameters()).device)
+        self._streams = None if seeds is None else Streams(seeds, self._device())
         self._apart: Apart | None = None
         self._told: set[str] = set()  # what was logged once
         self._chosen: dict[tuple[bool, bool], Backend] = {}
@@ -116,8 +118,18 @@ class Replicas(nn.Module):
             compute = self._backends[name]
             return compute(self.stacked, self.n, loss_fn, x, y, is_separate=is_separate, streams=self._streams)
 
+        def run_first() -> tuple[Tensor, list[Tensor]]:
+            return first_alone(self.stacked, loss_fn, x, y, is_separate=is_separate, streams=self._streams)
+
+        name = self._choice(run)
+        if name == "loop":
+            return run(name)
         try:
-            return run(self._choice(run))
+            with unseen():
+                losses = run(name)
+            if losses.requires_grad:
+                show(run_first, losses)
+            return losses
         except NotUnderstood as error:  # other shapes than those of the trial, or hooks that came since
             if str(error) not in self._told:
                 self._told.add(str(error))
@@ -270,8 +282,11 @@ class Replicas(nn.Module):
         names = (None, *get_args(Backend))
         chosen = {key: names[int(code)] for key, code in zip(_SITUATIONS, state["chosen"], strict=True)}
         self._chosen = {key: name for key, name in chosen.items() if name is not None}
+        states = {name: tensor for name, tensor in state.items() if name != "chosen"}
+        if states and self._streams is None:  # they were drawn at the first loss
+            self._streams = Streams(range(self.n), self._device())
         if self._streams:
-            self._streams.load_state_dict(state)
+            self._streams.load_state_dict(states)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_apart": None}  # a copy has memory of its own
@@ -279,7 +294,7 @@ class Replicas(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Replicas:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._streams is not None:
-            self._streams.move(next(self.stacked.parameters()).device)
+            self._streams.move(self._device())
         if self._apart is not None:
             self._apart.follow()
         return self
@@ -289,16 +304,21 @@ class Replicas(nn.Module):
         return f"n={self.n}, backend={self.backend!r}"
 
     def _choice(self, losses: Callable[[Backend], Tensor]) -> Backend:
-        if self.backend == "loop" or (self.backend == "auto" and self.n == 1):
+        is_auto = self.backend == "auto"
+        if self.backend == "loop" or (is_auto and (self.n == 1 or torch.are_deterministic_algorithms_enabled())):
             return "loop"
         situation = (self.training, torch.is_grad_enabled())
         if situation not in self._chosen:
+            if is_auto and self._streams is None and draws(self.stacked, losses):
+                self._streams = Streams(torch.randint(2**62, (self.n,)).tolist(), self._device())
             candidates: list[Backend] = ["batched", "vmap"] if self.backend == "auto" else [self.backend]
             if self._streams:
                 candidates, losses = ["batched"], self._streams.again(losses)
-            measure = self.backend == "auto"
-            self._chosen[situation] = choose(self.stacked, losses, candidates, measure=measure)
+            self._chosen[situation] = choose(self.stacked, losses, candidates, measure=is_auto)
         return self._chosen[situation]
+
+    def _device(self) -> torch.device:
+        return next(self.stacked.parameters()).device
 
     def _check_batches(self, batches: str, x: Any, y: Any) -> bool:
         if batches not in get_args(Batches):

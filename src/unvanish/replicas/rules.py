@@ -67,9 +67,11 @@ def _dropout_module(at: Where, module: nn.Dropout, x: Any) -> Any:
 def _dropout_of_channels(at: Where, module: Any, x: Any) -> Any:
     if not module.training or module.p == 0.0:
         return x
-    if at.streams is not None:
-        raise NotUnderstood("dropout of channels from streams of random numbers")
     x = for_each(x, at.n)
+    if at.streams is not None:
+        batch, channels, *places = x.shape
+        kept = at.streams.kept(torch.Size((batch, channels, *[1] * len(places))), module.p, like=x.tensor)
+        return Stacked(x.front() * kept, at.n)
     return Stacked(F.dropout2d(x.folded(), module.p), at.n, "folded")
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .streams import Streams
 
-
 Layout = Literal["front", "folded", "turned"]
 
 

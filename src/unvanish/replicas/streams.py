@@ -41,6 +41,16 @@ class Streams:
             finally:
                 self.states[i] = self._now()
 
+    @contextmanager
+    def aside(self, i: int) -> Iterator[None]:
+        """Draw what replica ``i`` draws next, and leave its stream where it is."""
+        before = self.states[i]
+        try:
+            with self.of(i):
+                yield
+        finally:
+            self.states[i] = before
+
     def kept(self, shape: torch.Size, p: float, like: Tensor) -> Tensor:
         """Return what dropout multiplies each replica's tensor with, drawn from its stream."""
         masks = []
