@@ -17,7 +17,7 @@ ORDER = (
     ("records",),
     ("terrain",),
     ("layers", "measures", "graph", "held_out"),
-    ("roster", "staging", "shown", "untouched"),
+    ("roster", "staging", "recomputed", "shown", "untouched"),
     ("assemble", "capture"),
     ("trace",),
     ("players",),

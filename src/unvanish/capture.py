@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
@@ -31,6 +31,7 @@ from .graph import (
 from .held_out import HeldOut
 from .layers import is_layer
 from .measures import delta_norm
+from .recomputed import FrozenFront
 from .roster import Member, Roster
 from .shown import VIEWERS, Pass
 from .staging import SPECIAL, Slot, Stage
@@ -46,10 +47,12 @@ class Capture:
     Args:
         roster: Learns the modules that run.
         guard: Wraps a callback so that its failure switches watching off instead of the training.
+        clock: Seconds that the training has taken, without the watch.
     """
 
-    def __init__(self, roster: Roster, guard: Any) -> None:
+    def __init__(self, roster: Roster, guard: Any, clock: Callable[[], float]) -> None:
         self.roster = roster
+        self.front = FrozenFront(clock)
         self.stage: Stage | None = None
         self.plan: GraphPlan | None = None
         self.loss_kind = ""
@@ -77,6 +80,7 @@ class Capture:
 
     def arm(self) -> None:
         """Begin to sample: from now on forward calls leave blocks behind."""
+        self.front.begin()
         if self._handles or self.compiled:
             return
         self._inside = None
@@ -91,6 +95,7 @@ class Capture:
         _remove(self._handles)
         self._handles = []
         VIEWERS.discard(self)
+        self.front.forget()
         self.forget()
 
     def forget(self) -> None:
@@ -129,6 +134,7 @@ class Capture:
             self._enter(module)
         if self.roster.knows(module):
             self._inside = module
+            self.front.enter()
 
     def before_compiled(self, module: nn.Module) -> None:
         """Take the hooks off before a compiled model runs; from now on only its parameters are sampled.
@@ -197,7 +203,7 @@ class Capture:
     def _after_call(self, module: nn.Module, args: Any, *rest: Any) -> None:
         if torch.compiler.is_compiling() or self._inside is None:
             return
-        if self._learning or module is self._inside or module not in self._quiet:
+        if self._learning or self.front.is_open or module is self._inside or module not in self._quiet:
             self._after_layer(module, args, *rest)
 
     def _read_call(self, module: nn.Module, args: Any, *rest: Any) -> None:
@@ -207,6 +213,10 @@ class Capture:
         stage = self.stage
         if output is None or stage is None or owner is None or _in_backward() or _is_transformed():
             return
+        if self.front.is_open:
+            self.front.called(module, self.roster.names.get(module, ""), _first_tensor(output), owner)
+        if is_model:
+            self.front.leave(_first_tensor((args, kwargs)), _first_tensor(output))
         if not torch.is_grad_enabled():
             self._note_call(module, (args, kwargs), output)
             return

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -161,7 +162,7 @@ def _checked(target: str) -> Findings:
     except BaseException:  # a SystemExit, too: then there is no model to look at
         traceback.print_exc()
         raise typer.Exit(TARGET) from None
-    return Findings({**found.run, "script": target}, found.findings, found.layers, found.verdict, found.notes)
+    return replace(found, run={**found.run, "script": target})
 
 
 @app.command(

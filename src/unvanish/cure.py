@@ -116,6 +116,7 @@ class Cure:
             "unvanish": VERSION,
             "run": document["run"],
             "findings": document["findings"],
+            "advice": document["advice"],
             "metric": {"name": self.metric, "higher_is_better": self.is_higher_better},
             "baseline": finite(
                 {"median": sign * median(self.baseline or (math.nan,)), "values": [sign * v for v in self.baseline]}

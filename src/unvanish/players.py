@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .recomputed import Fronts
 from .roster import Member
 from .trace import Stream
 
@@ -48,6 +49,7 @@ class Player:
     marked: Callable[[], Tensor | None] = _nothing  # the parameter whose gradient shows if it was cleared
     mark: tuple[Tensor, int] | None = None  # its gradient after the step, and that gradient's version
     loss_kind: str = ""
+    fronts: Fronts = field(default_factory=Fronts)  # frozen layers that its steps computed again
     has_found_inf: bool = False  # it takes the loss scale itself, and leaves out bad steps
 
     @property
@@ -102,6 +104,7 @@ def player_facts(player: Player) -> dict[str, Any]:
         "skipped_steps": player.skipped,
         "takeovers": player.takeovers,
         "loss_kind": player.loss_kind,
+        **player.fronts.facts(),
     }
 
 

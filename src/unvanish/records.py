@@ -240,6 +240,38 @@ class Finding:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What would make a run cheaper. Nothing is wrong: it changes no verdict."""
+
+    kind: str
+    why: str
+    code: str  # lines to paste
+    source: str  # where it is explained
+    layers: tuple[str, ...] = ()
+    share_of_step: float = 0.0  # of the time of a step that would be saved
+    step: int = 0
+    share_of_run: float = 1.0
+    evidence: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"advice: {self.why} {self.source}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the advice as the JSON document shows it."""
+        return {
+            "kind": self.kind,
+            "layers": list(self.layers),
+            "share_of_step": round(self.share_of_step, 4),
+            "step": self.step,
+            "share_of_run": round(self.share_of_run, 4),
+            "evidence": {name: finite(value) for name, value in self.evidence.items()},
+            "why": self.why,
+            "code": self.code,
+            "source": self.source,
+        }
+
+
 @dataclass(frozen=True)
 class Findings:
     """The diagnosis of a run: prints, iterates, compares, and turns into JSON.
@@ -254,6 +286,7 @@ class Findings:
     layers: tuple[Mapping[str, Any], ...]
     verdict: Verdict
     notes: tuple[str, ...] = ()
+    advice: tuple[Advice, ...] = ()
 
     def __iter__(self) -> Iterator[Finding]:
         return iter(self.findings)
@@ -270,7 +303,7 @@ class Findings:
         return tuple(finding for finding in self.findings if finding.severity in worst)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the document of DESIGN: ``run``, ``verdict``, ``findings``, ``layers``."""
+        """Return the document of DESIGN: ``run``, ``verdict``, ``findings``, ``layers``, and notes and advice."""
         return {
             "schema_version": SCHEMA_VERSION,
             "unvanish": VERSION,
@@ -279,12 +312,12 @@ class Findings:
             "findings": [finding.to_dict() for finding in self.findings],
             "layers": [{k: finite(v) for k, v in layer.items()} for layer in self.layers],
             "notes": list(self.notes),
+            "advice": [advice.to_dict() for advice in self.advice],
         }
 
     def __str__(self) -> str:
-        if not self.findings:
-            return {"clean": "clean: nothing is wrong with this run"}.get(self.verdict, self.verdict)
-        return "\n".join(str(finding) for finding in self.findings)
+        clean = {"clean": "clean: nothing is wrong with this run"}.get(self.verdict, self.verdict)
+        return "\n".join(map(str, (*(self.findings or (clean,)), *self.advice)))
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"

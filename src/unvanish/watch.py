@@ -84,7 +84,8 @@ class Watch:
         self.roster = Roster(models)
         self._optimizers = tuple(getattr(o, "optimizer", o) for o in optimizers)
         self._clock = clock
-        self._capture = Capture(self.roster, self.guard)
+        self._trained = 0.0  # seconds that the training had taken when the running callback began
+        self._capture = Capture(self.roster, self.guard, lambda: self._trained)
         self._held_out = self._capture.held_out
         self._players: dict[int, Player] = {}  # by the id of the optimiser
         self._kinds: Counter[str] = Counter()
@@ -216,6 +217,7 @@ class Watch:
             if is_dynamo_compiling() or not self._active:  # first: nothing else may be traced
                 return
             begin, inside = clock(), self.inside
+            self._trained = begin - inside
             try:
                 callback(*args, **kwargs)
             except Exception as error:
@@ -499,6 +501,7 @@ class Watch:
                 player.root = member.root
         if player.steps < DENSE_STEPS or player.roster_version != self.roster.version:
             self._look_up_layers(player, stage)
+        player.fronts.add(self._capture.front.take(), player.steps)
         others = [other for other in self._due() if other is not player]
         counts = self._carried(slot.counts, player) if others or self._all_steps < 4 else {}
         self._capture.sample_ends()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from ..records import Finding, Findings, Recording, Trace, Verdict
+from .advice import advice
 from .course import constant_output, oscillating_loss, overfitting, slow_convergence, stagnation
 from .data import constant_targets, unlearnable_labels, unscaled_inputs, unscaled_targets
 from .gradient_flow import (
@@ -95,7 +96,8 @@ def diagnose(recording: Recording, *, rules: Iterable[Rule] = DEFAULT_RULES) -> 
         findings = rank(finding for trace in recording.traces for rule in rules for finding in rule(trace))
         rows = layer_rows(recording, findings)
     run = {**recording.run, "steps": recording.steps}
-    return Findings(run, findings, rows, _verdict(recording, findings), notes(recording))
+    advised = tuple(item for trace in recording.traces for item in advice(trace))
+    return Findings(run, findings, rows, _verdict(recording, findings), notes(recording), advised)
 
 
 def _verdict(recording: Recording, findings: tuple[Finding, ...]) -> Verdict:

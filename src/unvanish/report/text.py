@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ..records import SEVERITIES, Finding, Findings, Recording, Trace
 from ..terrain import Landscape
+from .advised import advised
 from .ink import Ink, number, plain, shorten
 from .remedies import in_words
 from .speeds import speed_table
@@ -61,6 +62,9 @@ def _parts(
         yield Padding(Text(plain(note), style="yellow"), (0, 0, 0, 2))
     for note in findings.notes:
         yield _paragraph(plain(note))
+    for advice in findings.advice:
+        yield ""
+        yield from advised(advice.to_dict())
     if landscape is not None:
         yield ""
         yield landscape

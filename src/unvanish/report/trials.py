@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from .advised import advised
 from .ink import Ink, number, plain
 from .remedies import in_words
 from .table import SIGNS, STYLES
@@ -49,6 +50,9 @@ def _parts(document: Document, ink: Ink, command: Sequence[str]) -> Iterator[Ren
         yield Text(f"Steps used: {_runs(budget['used'], run)} of {_runs(budget['steps'], run)} runs.", style="dim")
     for note in document["notes"]:
         yield Padding(Text(plain(note), style="yellow"), (0, 0, 0, 2))
+    for advice in document["advice"]:
+        yield ""
+        yield from advised(advice)
     if document["winner"] is not None:
         yield ""
         yield from _what_to_do(document["winner"], command)
