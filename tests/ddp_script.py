@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -47,7 +48,9 @@ def main() -> None:
     torch.save(train(rank), folder / f"watched-{rank}.pt")
     watch.close()
     assert watch.failure == "", watch.failure
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads sometimes abort the process when the interpreter ends
 
 
 if __name__ == "__main__":
