@@ -339,6 +339,55 @@ def test_a_branch_that_is_off_is_not_badly_initialised(idle: dict[str, list[floa
     assert illnesses(make_trace(FLAT, chain=equal, measures=idle))[0] == "poor-initialisation"
 
 
+def sorted_by_class(losses: Any, *, mean: Any = None, std: float = 0.0, batch: float = 32.0, **rest: Any) -> Trace:
+    """Return a cross-entropy of ten classes whose batches hold one class each, in turn."""
+    each = np.arange(40) % 10 if mean is None else mean
+    targets = {"target_mean": each, "target_std": std, "batch": batch}
+    kind = {"facts": {"loss_kind": "nll"}, "loss_paths": (CROSS_ENTROPY_PATH,), **rest}
+    return make_trace(losses, scalars=targets, **kind)
+
+
+SAW_TOOTH = np.tile(np.geomspace(2.5, 0.02, 40), 10)  # a jump with each class, nothing left of it at its end
+
+
+def test_batches_in_the_order_of_their_classes_are_named_before_what_they_spoil() -> None:
+    """One class a batch and a loss that jumps: the data are not shuffled, whatever died of it."""
+    (found,) = findings_of(sorted_by_class(SAW_TOOTH))
+    assert (found.illness, found.severity) == ("oscillating-loss", "warning")
+    assert found.evidence["targets_between_batches"] == pytest.approx(1.0)
+    assert found.evidence["remaining_late"] == pytest.approx(SAW_TOOTH.mean() / math.log(10))
+    assert "Shuffle" in found.why
+    (worse,) = findings_of(sorted_by_class(3.0, measures={"dead_share": [1.0, 0.2, 0.0]}))
+    assert (worse.illness, worse.severity) == ("oscillating-loss", "critical")
+    assert "dead-units" in worse.folded
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10**6), batch=st.integers(8, 64), rare=st.floats(0.01, 0.5))
+def test_shuffled_batches_are_mixed(seed: int, batch: int, rare: float) -> None:
+    """Batches drawn by chance, of whatever imbalance, leave 1 / batch of the variance between them, and no finding."""
+    drawn = np.random.default_rng(seed).random((40, batch)) < rare
+    drawn[0, 0] = True  # one at least
+    trace = sorted_by_class(SAW_TOOTH, mean=drawn.mean(axis=1), batch=float(batch))
+    trace = replace(trace, scalars={**trace.scalars, "target_std": drawn.std(axis=1)})
+    assert illnesses(trace) == []
+
+
+@pytest.mark.parametrize(
+    ("why", "trace"),
+    [
+        ("learnt all the same", sorted_by_class(np.append(np.full(40, 2.5), 0.1 * SAW_TOOTH[:360]))),
+        ("batches of two hold one class by chance", sorted_by_class(SAW_TOOTH, batch=2.0)),
+        ("two terms", sorted_by_class(SAW_TOOTH, loss_paths=(CROSS_ENTROPY_PATH, MSE_PATH))),
+        ("a series, in its order", sorted_by_class(SAW_TOOTH, facts={"loss_kind": "mse"}, loss_paths=(MSE_PATH,))),
+        ("all batches alike", sorted_by_class(SAW_TOOTH, mean=4.5, std=2.9)),
+    ],
+)
+def test_an_order_that_harms_nothing_is_no_illness(why: str, trace: Trace) -> None:
+    """Only a plain classification in batches of one class that is left unlearnt is blamed on its order."""
+    assert "oscillating-loss" not in illnesses(trace), why
+
+
 def test_a_zero_initialised_last_layer_is_healthy() -> None:
     """Equal rows in the last layer break symmetry by themselves."""
     assert illnesses(make_trace(chain=with_layer(layers(), 2, is_symmetric=True))) == []

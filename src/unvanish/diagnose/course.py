@@ -8,12 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..records import Finding, Trace
-from .progress import pooled_target_std, progress
+from .progress import HAMPERED, Progress, pooled_target_std, progress, targets_between_batches
 from .reading import late_half, scalar
 
 SAME_OUTPUT = 0.01  # spread over examples, relative to what the targets (or the outputs) spread
 RESTLESS_NOISE = 1.0
 DOUBLED = 1.0  # rise of the held-out loss over its minimum: worse than a run of half the length
+UNMIXED = 0.5  # of the targets' variance lies between batches
+MIXABLE = 8  # examples a batch: by chance an eighth of the variance lies between batches
 STILL_FALLING = 0.1  # of the loss, from one tenth of the run to the last one
 
 
@@ -61,7 +63,13 @@ def stagnation(trace: Trace) -> Iterator[Finding]:
 def oscillating_loss(trace: Trace) -> Iterator[Finding]:
     """The loss jumps up and down instead of settling."""
     learned = progress(trace)
-    if not learned.is_judgeable or not learned.is_finite or learned.steps < 50 or not learned.is_poor:
+    if not learned.is_judgeable or not learned.is_finite or learned.steps < 50:
+        return
+    between = targets_between_batches(trace)
+    if between > UNMIXED and _is_one_classification(trace):
+        yield from _unmixed(trace, learned, between)
+        return
+    if not learned.is_poor:
         return
     if learned.noise < RESTLESS_NOISE and not learned.end > 3 * learned.best > 0:
         return
@@ -73,6 +81,28 @@ def oscillating_loss(trace: Trace) -> Iterator[Finding]:
         "AutoTrainer 2021 (oscillation), on the loss instead of the accuracy",
         evidence={"noise": learned.noise, "loss_best": learned.best, "loss_end": learned.end},
         treatments=("lower-lr", "warm-up"),
+    )
+
+
+def _is_one_classification(trace: Trace) -> bool:
+    """Say whether a plain cross-entropy of batches of some size is all there is: series and games have an order."""
+    return trace.facts.get("loss_kind") == "nll" and len(trace.loss_paths) == 1 and scalar(trace, "batch") >= MIXABLE
+
+
+def _unmixed(trace: Trace, learned: Progress, between: float) -> Iterator[Finding]:
+    """Each batch holds classes of its own: the loss falls within a class and jumps with the next."""
+    late = float(np.mean(trace.losses[len(trace.losses) // 2 :])) / learned.baseline  # over all classes, not the last
+    if late < HAMPERED:
+        return
+    batch = scalar(trace, "batch")
+    yield Finding(
+        "oscillating-loss",
+        "critical" if learned.is_poor else "warning",
+        f"The batches are not mixed: {between:.0%} of the variance of the targets lies between batches (mixed: "
+        f"{1 / batch:.0%}). The network learns class after class and forgets those before; over all of them "
+        f"{late:.0%} of the baseline's loss is left. Shuffle the training data.",
+        "LeCun, Bottou, Orr & Mueller 1998, Efficient BackProp, section 4.2 (shuffling the examples)",
+        evidence={"targets_between_batches": between, "batch": batch, "remaining_late": late},
     )
 
 

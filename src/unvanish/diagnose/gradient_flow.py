@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..records import Finding, Layer, Severity, Trace
-from .progress import MIN_STEPS, Progress, progress
+from .progress import HAMPERED, MIN_STEPS, Progress, progress
 from .reading import (
     always,
     at_start,
@@ -34,7 +34,6 @@ SATURATED = 0.5
 LARGE_SCALE = 4.0  # times 1/sqrt(fan in): three layers of it multiply the signal by 64
 SMALL_SCALE = 0.25
 HIGH_INITIAL_LOSS = 2.0  # times the loss of a constant answer
-HAMPERED = 0.1  # of the baseline left: saturated from the start, and not learnt well since
 _DEAD_KINDS = frozenset(("relu", "relu6", "gelu", "silu", "mish", "softplus", "hardswish"))
 _SATURATING = frozenset(("tanh", "sigmoid", "hardtanh", "hardsigmoid"))
 

@@ -16,6 +16,7 @@ from ..records import Op, Trace
 from .reading import ignores_input
 
 MIN_STEPS = 20  # below it nothing can be said about progress
+HAMPERED = 0.1  # of the baseline left: learnt, but not well
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +173,16 @@ def pooled_target_std(trace: Trace) -> float:
         return math.nan
     square = np.mean(std[known] ** 2 + mean[known] ** 2) - np.mean(mean[known]) ** 2
     return math.sqrt(max(float(square), 0.0))
+
+
+def targets_between_batches(trace: Trace) -> float:
+    """Return the share of the targets' variance that lies between batches; 1/n for mixed batches of n."""
+    mean, std = trace.scalars["target_mean"], trace.scalars["target_std"]
+    known = np.isfinite(mean) & np.isfinite(std)
+    if known.sum() < 10:
+        return math.nan
+    between, within = float(np.var(mean[known])), float(np.mean(std[known] ** 2))
+    return between / (between + within) if between + within > 0 else math.nan
 
 
 def _median(values: NDArray[np.float64]) -> float:

@@ -63,11 +63,13 @@ def _place(finding: Finding) -> tuple[int, float]:
 
 
 def _order(finding: Finding) -> float:
-    """Return the place in the chain of causes; a forbidden argument comes before what it poisons."""
+    """Return the place in the chain of causes; a forbidden argument and the data come before what they spoil."""
     if finding.illness == "non-finite" and "smallest_input" in finding.evidence:
         return ORDER.index("poor-initialisation") - 0.5
     if finding.illness == "dead-units" and _is_of_one_direction(finding):
         return ORDER.index("vanishing-gradient") + 0.5
+    if finding.illness == "oscillating-loss" and "targets_between_batches" in finding.evidence:
+        return ORDER.index("constant-targets") + 0.5  # the order of the data
     return ORDER.index(finding.illness) if finding.illness in ORDER else len(ORDER)
 
 
