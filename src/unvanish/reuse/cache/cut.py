@@ -72,6 +72,10 @@ class Cut:
     @torch.no_grad()
     def features(self, inputs: Any, *, as_is: bool = False) -> tuple[Tensor, ...]:
         """Compute what the frozen part hands over, and nothing above it; in evaluation mode, or in the modes as is."""
+        mode = nullcontext() if as_is else in_evaluation(self.model)
+        if self._chain is not None and isinstance(inputs, Tensor) and not self.model._forward_pre_hooks:
+            with mode:
+                return (_through(self._chain[0], inputs).clone(),)
         found: dict[Place, Tensor] = {}
 
         def collect(number: int, forward: Callable[[], Any]) -> Any:
@@ -85,18 +89,14 @@ class Cut:
 
         given = tree_flatten(inputs)[0]
         found.update({place: given[place[1]].clone() for place in self.needed if place[0] == 0})
-        mode = nullcontext() if as_is else _in_evaluation(self.model)
         with mode, self._intercepted(collect), suppress(_Enough):
             call(self.model, inputs)
         return tuple(found[place] for place in self.needed)
 
     def rest(self, features: tuple[Tensor, ...], *, placeholder: str | None) -> Any:
         """Compute the output of the model from what the frozen part has handed over."""
-        if self._upper is not None:
-            output: Any = features[0]
-            for module in self._upper:
-                output = module(output)
-            return output
+        if self._chain is not None:
+            return _through(self._chain[1], features[0])
         rows = features[0].shape[0]
         given = dict(zip(self.needed, features, strict=True))
         blanks = self._blank_outputs(rows, placeholder or str(_device(self.model)))
@@ -112,14 +112,14 @@ class Cut:
             return call(self.model, stand_in(0))
 
     @cached_property
-    def _upper(self) -> list[nn.Module] | None:
-        """Return the modules above the cut if the model is a plain chain: no call below it needs to be stood in for."""
+    def _chain(self) -> tuple[list[nn.Module], list[nn.Module]] | None:
+        """Return the modules below and above the cut if the model is a plain chain: no call has to be stood in for."""
         children = list(self.model) if type(self.model) is nn.Sequential else []
         below = [source.module for source in self.sources[1:]]
         is_chain = (
             self.needed == ((len(below), 0),) and 0 < len(below) == len({*below}) and below == children[: len(below)]
         )
-        return children[len(below) :] if is_chain else None
+        return (children[: len(below)], children[len(below) :]) if is_chain else None
 
     @cached_property
     def _planned(self) -> dict[tuple[nn.Module, int], int]:
@@ -168,6 +168,12 @@ class Cut:
 
         with _replaced_forward(self.modules.values(), around):
             yield
+
+
+def _through(modules: list[nn.Module], values: Any) -> Any:
+    for module in modules:
+        values = module(values)
+    return values
 
 
 class _Enough(BaseException):
@@ -379,7 +385,8 @@ def _replaced_forward(modules: Any, around: Callable[..., Any]) -> Iterator[None
 
 
 @contextmanager
-def _in_evaluation(model: nn.Module) -> Iterator[None]:
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Switch a model to evaluation mode, and back module by module."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:

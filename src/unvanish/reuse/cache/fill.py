@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...errors import OptionError, StaleCacheError
 from ...untouched import same_random_state
 from ..freeze import Trunk
-from .cut import find_cut
+from .cut import find_cut, in_evaluation
 from .features import Features
 from .key import difference, key_of
 from .prove import check_rows, largest, proven_head
@@ -149,31 +149,31 @@ class _Plan:
         self.device = next(model.parameters()).device
         batch = first(samples, 4)
         self.form = Form.of(batch, inputs)
-        self.example, _ = self._split(batch)
+        self.example, rest = self._split(batch)
         self.cut = find_cut(model, self.example)
         other, _ = self._split(first(samples, 3, start=4))  # another number of rows
-        check_rows(self.cut, self.example)
+        self.rows = [*check_rows(self.cut, self.example), *rest]
         self.head = proven_head(self.cut, other)
 
     def _split(self, batch: Any) -> tuple[Any, list[Tensor]]:
         inputs, rest = self.form.split(batch)
         return to_device(inputs, self.device), rest
 
-    def compute(self, batch: Any) -> list[Tensor]:
-        """Return all columns of a batch."""
+    def compute(self, batch: Any, *, as_is: bool = False) -> list[Tensor]:
+        """Return all columns of a batch; of a model that is in evaluation mode, as it is."""
         inputs, rest = self._split(batch)
-        return [*self.cut.features(inputs), *rest]
+        return [*self.cut.features(inputs, as_is=as_is), *rest]
 
     def columns(self, dtype: torch.dtype | None) -> list[Column]:
         """Return the columns of a row."""
-        rows = self.compute(first(self.samples, 4))
-        kinds = [tensor.dtype for tensor in rows]
+        kinds = [tensor.dtype for tensor in self.rows]
         stored = [
             dtype if dtype and kind.is_floating_point and place < len(self.cut.needed) else kind
             for place, kind in enumerate(kinds)
         ]
         return [
-            Column(tuple(t.shape[1:]), *pair) for t, pair in zip(rows, zip(kinds, stored, strict=True), strict=True)
+            Column(tuple(t.shape[1:]), *pair)
+            for t, pair in zip(self.rows, zip(kinds, stored, strict=True), strict=True)
         ]
 
     def fill(self, folder: Path, manifest: Manifest) -> Manifest:
@@ -181,10 +181,10 @@ class _Plan:
         began, count = time.monotonic(), 0
         for number, batches in self._read(manifest, manifest.missing):
             content = Content()
-            with ShardWriter(folder, manifest, number) as writer:
+            with ShardWriter(folder, manifest, number) as writer, in_evaluation(self.cut.model):
                 for batch in batches:
                     content.add(batch)
-                    columns = self.compute(batch)
+                    columns = self.compute(batch, as_is=True)
                     _check_range(manifest.columns, columns)
                     writer.add(columns)
                     count += len(columns[0])
@@ -211,7 +211,7 @@ class _Plan:
             for number in numbers
             for rows in (manifest.rows_of(number),)
         ]
-        batches = read(self.samples, [list(rows) for _, chunks in parts for rows in chunks], self.workers)
+        batches = read(self.samples, [rows for _, chunks in parts for rows in chunks], self.workers)
         for number, chunks in parts:
             yield number, itertools.islice(batches, len(chunks))
 

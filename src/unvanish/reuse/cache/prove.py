@@ -15,8 +15,8 @@ from .cut import Cut, call
 from .features import Head
 
 
-def check_rows(cut: Cut, inputs: Any) -> None:
-    """Make sure that features are the same in both modes, and whatever else is in the batch.
+def check_rows(cut: Cut, inputs: Any) -> tuple[Tensor, ...]:
+    """Return features, of which it is made sure that they are the same in both modes and beside other rows.
 
     Raises:
         OptionError: if they are not.
@@ -42,6 +42,7 @@ def check_rows(cut: Cut, inputs: Any) -> None:
                 "expected one for each row alone (batch norm without running statistics?). Nothing was written. "
                 "Freeze less with freeze_to(model, n)."
             )
+    return features
 
 
 def proven_head(cut: Cut, inputs: Any) -> Head:

@@ -111,11 +111,16 @@ class Form:
         return (batch, ()) if self.kind is Tensor else (batch[0], tuple(batch[1:]))
 
 
-def read(dataset: Any, batches: Sequence[list[int]], workers: int = 0) -> Iterator[Any]:
-    """Yield the collated samples of each of these lists of rows."""
+def read(dataset: Any, batches: Sequence[Sequence[int]], workers: int = 0) -> Iterator[Any]:
+    """Yield the collated samples of each of these lists or ranges of rows."""
     if type(dataset) is TensorDataset:  # whose rows need not be put together one by one
-        return ([tensor[rows] for tensor in dataset.tensors] for rows in batches)
-    return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers))
+        return ([_rows(tensor, rows) for tensor in dataset.tensors] for rows in batches)
+    return iter(DataLoader(dataset, batch_sampler=[list(rows) for rows in batches], num_workers=workers))
+
+
+def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return a copy of some rows: a layer may work in place on what it is given."""
+    return tensor[rows.start : rows.stop].clone() if isinstance(rows, range) else tensor[rows]
 
 
 def first(dataset: Any, count: int, start: int = 0) -> Any:
@@ -168,6 +173,8 @@ def check_fixed(dataset: Any, *, is_drawn: bool) -> None:
     Raises:
         OptionError: if two reads of a sample differ, or if a read draws random numbers.
     """
+    if type(dataset) is TensorDataset:  # tensors are looked up by number, and nothing else
+        return
     total = len(dataset)
     for row in sorted({place * total // PROBED for place in range(PROBED)}):
         before = _generators()
