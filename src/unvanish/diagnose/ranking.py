@@ -47,9 +47,10 @@ def rank(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     kept: list[Finding] = []
     for finding in ordered:
         if kept and _follows(finding, kept[0]):
+            others = dict.fromkeys((*kept[0].folded, finding.illness))  # two players may have the same
             kept[0] = replace(
                 kept[0],
-                folded=tuple(dict.fromkeys((*kept[0].folded, finding.illness))),
+                folded=tuple(illness for illness in others if illness != kept[0].illness),
                 layers=tuple(dict.fromkeys((*kept[0].layers, *finding.layers))),
                 evidence={**kept[0].evidence, **{f"{finding.illness}.{k}": v for k, v in finding.evidence.items()}},
             )
