@@ -73,7 +73,7 @@ class Cut:
     def features(self, inputs: Any, *, as_is: bool = False) -> tuple[Tensor, ...]:
         """Compute what the frozen part hands over, and nothing above it; in evaluation mode, or in the modes as is."""
         mode = nullcontext() if as_is else in_evaluation(self.model)
-        if self._chain is not None and isinstance(inputs, Tensor) and not self.model._forward_pre_hooks:
+        if self._chain is not None and isinstance(inputs, Tensor):
             with mode:
                 return (_through(self._chain[0], inputs).clone(),)
         found: dict[Place, Tensor] = {}
@@ -111,10 +111,15 @@ class Cut:
         with self._intercepted(stand_in):
             return call(self.model, stand_in(0))
 
+    @property
+    def is_chain(self) -> bool:
+        """Say whether the model calls its children one after the other, so that its two parts are those of a list."""
+        return self._chain is not None
+
     @cached_property
     def _chain(self) -> tuple[list[nn.Module], list[nn.Module]] | None:
         """Return the modules below and above the cut if the model is a plain chain: no call has to be stood in for."""
-        children = list(self.model) if type(self.model) is nn.Sequential else []
+        children = list(self.model) if _is_plain_sequence(self.model) else []
         below = [source.module for source in self.sources[1:]]
         is_chain = (
             self.needed == ((len(below), 0),) and 0 < len(below) == len({*below}) and below == children[: len(below)]
@@ -168,6 +173,11 @@ class Cut:
 
         with _replaced_forward(self.modules.values(), around):
             yield
+
+
+def _is_plain_sequence(model: nn.Module) -> bool:
+    hooks = (model._forward_hooks, model._forward_pre_hooks, model._backward_hooks, model._backward_pre_hooks)
+    return type(model) is nn.Sequential and "forward" not in vars(model) and not any(hooks)
 
 
 def _through(modules: list[nn.Module], values: Any) -> Any:

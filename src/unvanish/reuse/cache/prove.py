@@ -46,11 +46,13 @@ def check_rows(cut: Cut, inputs: Any) -> tuple[Tensor, ...]:
 
 
 def proven_head(cut: Cut, inputs: Any) -> Head:
-    """Return the rest of the model, after it has given the output of the whole model.
+    """Return the rest of the model, after it has given the output of the whole model; in a chain it does so anyhow.
 
     Raises:
         OptionError: if it gives another one.
     """
+    if cut.is_chain:
+        return Head(cut, "meta")
     features = tuple(feature.contiguous() for feature in cut.features(inputs))
     with torch.no_grad(), untouched(cut.model):
         whole = _run(cut, lambda: call(cut.model, inputs))
