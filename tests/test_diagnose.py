@@ -357,18 +357,21 @@ def test_batches_in_the_order_of_their_classes_are_named_before_what_they_spoil(
     assert found.evidence["targets_between_batches"] == pytest.approx(1.0)
     assert found.evidence["remaining_late"] == pytest.approx(SAW_TOOTH.mean() / math.log(10))
     assert "Shuffle" in found.why
+    each_epoch = np.where(np.arange(40) < 10, np.arange(40) % 3, 5)  # looked at once an epoch: always the same class
+    assert illnesses(sorted_by_class(SAW_TOOTH, mean=each_epoch)) == ["oscillating-loss"]
     (worse,) = findings_of(sorted_by_class(3.0, measures={"dead_share": [1.0, 0.2, 0.0]}))
     assert (worse.illness, worse.severity) == ("oscillating-loss", "critical")
     assert "dead-units" in worse.folded
 
 
 @settings(deadline=None, max_examples=30)
-@given(seed=st.integers(0, 10**6), batch=st.integers(8, 64), rare=st.floats(0.01, 0.5))
-def test_shuffled_batches_are_mixed(seed: int, batch: int, rare: float) -> None:
+@given(seed=st.integers(0, 10**6), batch=st.integers(8, 64), rare=st.floats(0.01, 0.5), seen=st.integers(4, 20))
+def test_shuffled_batches_are_mixed(seed: int, batch: int, rare: float, seen: int) -> None:
     """Batches drawn by chance, of whatever imbalance, leave 1 / batch of the variance between them, and no finding."""
     drawn = np.random.default_rng(seed).random((40, batch)) < rare
     drawn[0, 0] = True  # one at least
-    trace = sorted_by_class(SAW_TOOTH, mean=drawn.mean(axis=1), batch=float(batch))
+    mean = np.where(np.arange(40) < 20 + seen, drawn.mean(axis=1), np.nan)
+    trace = sorted_by_class(SAW_TOOTH, mean=mean, batch=float(batch))
     trace = replace(trace, scalars={**trace.scalars, "target_std": drawn.std(axis=1)})
     assert illnesses(trace) == []
 
@@ -380,6 +383,7 @@ def test_shuffled_batches_are_mixed(seed: int, batch: int, rare: float) -> None:
         ("batches of two hold one class by chance", sorted_by_class(SAW_TOOTH, batch=2.0)),
         ("two terms", sorted_by_class(SAW_TOOTH, loss_paths=(CROSS_ENTROPY_PATH, MSE_PATH))),
         ("a series, in its order", sorted_by_class(SAW_TOOTH, facts={"loss_kind": "mse"}, loss_paths=(MSE_PATH,))),
+        ("two phases, each mixed", sorted_by_class(SAW_TOOTH, mean=np.repeat([2.0, 7.0], 20), std=1.4)),
         ("all batches alike", sorted_by_class(SAW_TOOTH, mean=4.5, std=2.9)),
     ],
 )

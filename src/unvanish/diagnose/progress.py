@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..records import Op, Trace
-from .reading import ignores_input
+from .reading import ignores_input, late_half
 
 MIN_STEPS = 20  # below it nothing can be said about progress
+FEW = 4  # batches whose means tell whether they are mixed: by chance half of the variance with p < 1e-6
 HAMPERED = 0.1  # of the baseline left: learnt, but not well
 
 
@@ -176,12 +177,19 @@ def pooled_target_std(trace: Trace) -> float:
 
 
 def targets_between_batches(trace: Trace) -> float:
-    """Return the share of the targets' variance that lies between batches; 1/n for mixed batches of n."""
+    """Return the share of the targets' variance that lies between batches; 1/n for mixed batches of n.
+
+    Of the second half of the samples, because two phases of training, each mixed, are not an order of the data. But
+    if the batches there hold one class each, of all samples: where an epoch is as long as the distance of the
+    samples, they show the same class again and again.
+    """
     mean, std = trace.scalars["target_mean"], trace.scalars["target_std"]
-    known = np.isfinite(mean) & np.isfinite(std)
-    if known.sum() < 10:
+    half = late_half(trace)
+    part = slice(None) if _median(std[half]) == 0 else half
+    known = np.isfinite(mean[part]) & np.isfinite(std[part])
+    if known.sum() < FEW:
         return math.nan
-    between, within = float(np.var(mean[known])), float(np.mean(std[known] ** 2))
+    between, within = float(np.var(mean[part][known])), float(np.mean(std[part][known] ** 2))
     return between / (between + within) if between + within > 0 else math.nan
 
 
