@@ -815,3 +815,13 @@ def test_a_full_disk_costs_the_shard_at_hand(tmp_path: Path, monkeypatch: pytest
     features = cache_features(frozen_mlp(), data(), tmp_path, batch_size=8, tell=quiet)
     assert torch.equal(all_rows(features)[0], truth(frozen_mlp(), data()))
     assert features.manifest.build == finished.build
+
+
+def test_a_module_that_is_used_twice_in_a_chain(tmp_path: Path) -> None:
+    """A sequence may call one module below and above the cut; the head calls it too."""
+    torch.manual_seed(0)
+    act = nn.Tanh()
+    model = nn.Sequential(nn.Linear(5, 8), act, nn.Linear(8, 8), act, nn.Linear(8, 8), act, nn.Linear(8, 3))
+    features = cache_features(freeze_to(model, -2), data(20, 5), tmp_path, batch_size=20, tell=quiet)
+    x, _ = data(20, 5)[:]
+    torch.testing.assert_close(features.head(features[list(range(20))][0]), model(x))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -19,12 +18,12 @@ from .precautions import (
     MovementCheck,
     start_apart,
     warn_of_deep_starts,
-    warn_of_late_merging,
     warn_of_nothing_to_do,
 )
 from .replicas import Replicas
 from .restart import clear_states, restart
 from .schedules import Automatic, Strength, check_strength
+from .scoping import Scoping
 from .settings import check_kicks, check_settings
 from .stack import mean, unstack
 from .statistics import estimate_statistics
@@ -102,7 +101,6 @@ class Coupling:
         check_kicks(replicas, force, gamma, form)
         self.replicas = replicas
         self._parameters = dict(replicas.stacked.named_parameters())  # held, as an optimiser holds them
-        self.strength = strength
         self.every = every
         self.force = force
         self.gamma = gamma
@@ -113,16 +111,24 @@ class Coupling:
         self._lost = Losses()
         self._steps = 0
         self._gathered = 0.0  # of the gap, by the steps since the last pull
-        self._first: float | None = None  # the first strength there was
-        self._start: dict[str, Tensor] = {}  # weights from which an automatic first strength is measured
-        if isinstance(strength, Automatic):
-            self._start = {name: p.detach().clone() for name, p in self._trained().items()}
+        apart = start_apart(replicas.stacked)
+        self._scoping = Scoping(strength, every=every, compound=compound, weights=self._trained(), started_apart=apart)
         if replicas.n == 1 and force is not None and force not in OWN_CENTRE:
             warn_of_nothing_to_do()
         if force is not None:
             warn_of_deep_starts(replicas.stacked)
-        self._started_apart = start_apart(replicas.stacked)
         self._movement = MovementCheck(replicas.stacked)
+
+    @property
+    def strength(self) -> Strength:
+        """The share of the gap that is closed in one step, or what says it; another may be set."""
+        return self._scoping.strength
+
+    @strength.setter
+    def strength(self, strength: Strength) -> None:
+        if not callable(strength) and not isinstance(strength, Automatic):
+            check_strength(strength)
+        self._scoping.strength = strength
 
     @property
     def lost(self) -> dict[int, int]:
@@ -141,7 +147,7 @@ class Coupling:
         self._movement.look()
         self._note_losses(losses)
         is_due = (self._steps + 1) % self.every == 0
-        strength = self._strength_now(is_due)
+        strength = self._scoping.at(self._steps, is_due=is_due, survey=lambda: self._survey()[::2])
         self._gathered = self._gathered + strength * (1 - self._gathered) if self.compound else strength
         self._steps += 1
         if is_due:
@@ -223,9 +229,7 @@ class Coupling:
             "force": self.force,
             "steps": self._steps,
             "gathered": self._gathered,
-            "first": self._first,
-            "start": {name: tensor.clone() for name, tensor in self._start.items()},
-            "started_apart": self._started_apart,
+            **self._scoping.state_dict(),
             "lost": self.lost,
             "losses": list(memory.losses),
             "centre": {name: tensor.detach().clone() for name, tensor in memory.centre.items()},
@@ -245,9 +249,9 @@ class Coupling:
                 f"Write Coupling(replicas, force={state['force']!r})."
             )
         memory = self._memory
-        self._steps, self._gathered, self._first = state["steps"], state["gathered"], state["first"]
-        self._start = {name: tensor.clone() for name, tensor in state["start"].items()}
-        self._started_apart, self._lost.since = state["started_apart"], dict(state["lost"])
+        self._steps, self._gathered = state["steps"], state["gathered"]
+        self._scoping.load_state_dict(state)
+        self._lost.since = dict(state["lost"])
         memory.losses = list(state["losses"])
         for name, tensor in state["centre"].items():
             memory.centre[name].copy_(tensor)
@@ -286,36 +290,6 @@ class Coupling:
             )
         new = losses.detach().tolist()
         self._memory.losses = [a + b for a, b in zip(self._memory.losses or [0.0] * len(new), new, strict=True)]
-
-    def _strength_now(self, is_due: bool) -> float:
-        """Return the strength of this step, and note the first there was."""
-        if isinstance(self.strength, Automatic):
-            if self._first is None:
-                return self._measure(self.strength.share) if is_due else 0.0
-            return self.strength.after(self._first, self._steps)
-        if not callable(self.strength):
-            return self.strength
-        strength = check_strength(self.strength(self._steps))
-        if self._first is None:
-            self._first = strength
-        elif strength > self._first and self._started_apart:
-            self._started_apart = False  # said once
-            warn_of_late_merging()
-        return strength
-
-    @torch.no_grad()
-    def _measure(self, share: float) -> float:
-        """Return by how much to pull now, and note what that is a step; 0 as long as all replicas are one."""
-        weights, rows = self._trained(), self._alive()
-        way = math.hypot(*(float((each - self._start[name])[rows].norm()) for name, each in weights.items()))
-        gap = math.hypot(*(float((each[rows] - mean(each[rows])).norm()) for each in weights.values() if rows))
-        if gap == 0:
-            self._start = {name: each.detach().clone() for name, each in weights.items()}
-            return 0.0
-        strength = min(share * way / gap, 1.0)
-        self._first = 1 - (1 - strength) ** (1 / self.every) if self.compound else strength
-        self._start = {}
-        return strength
 
 
 def _memory(

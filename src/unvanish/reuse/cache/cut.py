@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -119,7 +119,7 @@ class Cut:
     @cached_property
     def _chain(self) -> tuple[list[nn.Module], list[nn.Module]] | None:
         """Return the modules below and above the cut if the model is a plain chain: no call has to be stood in for."""
-        children = list(self.model) if _is_plain_sequence(self.model) else []
+        children = list(_children(self.model))
         below = [source.module for source in self.sources[1:]]
         is_chain = (
             self.needed == ((len(below), 0),) and 0 < len(below) == len({*below}) and below == children[: len(below)]
@@ -175,9 +175,11 @@ class Cut:
             yield
 
 
-def _is_plain_sequence(model: nn.Module) -> bool:
+def _children(model: nn.Module) -> Iterable[nn.Module]:
+    """Return what a plain sequence calls one after the other, a module also twice; nothing of other models."""
     hooks = (model._forward_hooks, model._forward_pre_hooks, model._backward_hooks, model._backward_pre_hooks)
-    return type(model) is nn.Sequential and "forward" not in vars(model) and not any(hooks)
+    is_plain = "forward" not in vars(model) and not any(hooks)
+    return model if isinstance(model, nn.Sequential) and type(model) is nn.Sequential and is_plain else ()
 
 
 def _through(modules: list[nn.Module], values: Any) -> Any:
