@@ -822,6 +822,6 @@ def test_a_module_that_is_used_twice_in_a_chain(tmp_path: Path) -> None:
     torch.manual_seed(0)
     act = nn.Tanh()
     model = nn.Sequential(nn.Linear(5, 8), act, nn.Linear(8, 8), act, nn.Linear(8, 8), act, nn.Linear(8, 3))
-    features = cache_features(freeze_to(model, -2), data(20, 5), tmp_path, batch_size=20, tell=quiet)
+    features = cache_features(freeze_to(model, -3), data(20, 5), tmp_path, batch_size=20, tell=quiet)
     x, _ = data(20, 5)[:]
     torch.testing.assert_close(features.head(features[list(range(20))][0]), model(x))
