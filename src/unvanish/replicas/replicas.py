@@ -9,20 +9,19 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..errors import OptionError
 from ..shown import show, unseen
 from .apart import Apart, check_optimizer, clip_norms_
+from .arguments import Batches, check_arguments, check_batches, check_index
 from .backends import LossFn, call, first_alone, keep_buffers, one_of
 from .choice import Backend, backends, choose, draws
 from .loader import ReplicaLoader
-from .stack import anew, check_equal, check_model, mean, named_tensors, stack, unstack
+from .stack import check_equal, check_model, mean, named_tensors, stack, starts, unstack
 from .stacked import NotUnderstood
 from .statistics import estimate_statistics
 from .streams import Streams
 
-Batches = Literal["shared", "separate"]
 Readout = Literal["centre", "ensemble"]
 
 _LOG = logging.getLogger("unvanish")
@@ -74,22 +73,10 @@ class Replicas(nn.Module):
     ) -> None:
         super().__init__()
         model = check_model(model)
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise OptionError(f"Replicas(): n: found {n!r}, expected a whole number from 1 on. Write n=3.")
-        if not (init in ("shared", "separate") or callable(init)):
-            raise OptionError(
-                f"Replicas(): init: found {init!r}, expected 'shared', 'separate' or a function that returns the model "
-                "of replica i. Write init='shared'."
-            )
-        if backend not in (*get_args(Backend), "auto"):
-            raise OptionError(
-                f"Replicas(): backend: found {backend!r}, expected 'loop', 'vmap', 'batched' or 'auto'. "
-                "Write backend='auto'."
-            )
-        _check_seeds(seeds, n, backend)
+        check_arguments(n, init, backend, seeds)
         self.n = n
         self.backend = backend
-        self.stacked = stack(_starts(model, n, init))
+        self.stacked = stack(starts(model, n, init))
         self.training = model.training
         self._readout: Readout = "centre" if init == "shared" else "ensemble"
         self._backends = backends()
@@ -112,7 +99,7 @@ class Replicas(nn.Module):
 
     def losses(self, loss_fn: LossFn, x: Any, y: Any = None, *, batches: Batches = "shared") -> Tensor:
         """Return the loss of each replica; arguments as in `loss`."""
-        is_separate = self._check_batches(batches, x, y)
+        is_separate = check_batches(self.n, batches, x, y)
 
         def run(name: Backend) -> Tensor:
             compute = self._backends[name]
@@ -165,7 +152,7 @@ class Replicas(nn.Module):
             >>> groups = [{"params": replicas.parameters_of(i), "lr": lr} for i, lr in enumerate((0.1, 0.01))]
             >>> optimizer = torch.optim.Adafactor(groups)
         """
-        self._check_index("parameters_of", i)
+        check_index("parameters_of", i, self.n)
         if self._apart is None:
             self._apart = Apart(self.stacked, self.n)
         return self._apart.of(i)
@@ -201,7 +188,7 @@ class Replicas(nn.Module):
 
     def replica(self, i: int) -> nn.Module:
         """Return replica ``i`` as a plain model with weights of its own."""
-        self._check_index("replica", i)
+        check_index("replica", i, self.n)
         return unstack(self.stacked, lambda tensor: tensor[i])
 
     def load_replica(self, i: int, source: nn.Module | Mapping[str, Any]) -> None:
@@ -210,7 +197,7 @@ class Replicas(nn.Module):
         Raises:
             OptionError: if a tensor is missing, unknown, or of another shape or type. Nothing is changed then.
         """
-        self._check_index("load_replica", i)
+        check_index("load_replica", i, self.n)
         to, given = named_tensors(self.stacked), _tensors_of(source)
         if not isinstance(source, nn.Module):  # a state dict is without buffers that are not persistent
             persistent = self.stacked.state_dict().keys()
@@ -319,55 +306,6 @@ class Replicas(nn.Module):
 
     def _device(self) -> torch.device:
         return next(self.stacked.parameters()).device
-
-    def _check_batches(self, batches: str, x: Any, y: Any) -> bool:
-        if batches not in get_args(Batches):
-            raise OptionError(
-                f"Replicas.loss(): batches: found {batches!r}, expected 'shared' or 'separate'. "
-                "Write batches='separate' where x and y have a leading axis of replicas."
-            )
-        for leaf in tree_leaves((_plain(x), _plain(y))) if batches == "separate" else ():
-            if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != self.n):
-                raise OptionError(
-                    f"Replicas.loss(): batches='separate': found a tensor of shape {tuple(leaf.shape)}, expected "
-                    f"{self.n} batches along the first axis. Write torch.stack([x0, x1, ...])."
-                )
-        return batches == "separate"
-
-    def _check_index(self, where: str, i: int) -> None:
-        if isinstance(i, bool) or not isinstance(i, int) or not -self.n <= i < self.n:
-            raise OptionError(
-                f"{where}(): i: found {i!r}, expected a replica from 0 to {self.n - 1}. Write {where}(0)."
-            )
-
-
-def _check_seeds(seeds: Any, n: int, backend: str) -> None:
-    if seeds is None:
-        return
-    if not isinstance(seeds, Sequence) or len(seeds) != n or not all(isinstance(seed, int) for seed in seeds):
-        raise OptionError(f"Replicas(): seeds: found {seeds!r}, expected {n} whole numbers. Write seeds=range({n}).")
-    if backend == "vmap":
-        raise OptionError(
-            "Replicas(): seeds: found backend='vmap', expected another. It draws the numbers of all replicas together. "
-            "Write backend='batched'."
-        )
-
-
-def _starts(model: nn.Module, n: int, init: str | Callable[[int], nn.Module]) -> list[nn.Module]:
-    """Return the models that the replicas start from; structure and modes are those of the first."""
-    if init == "shared":
-        return [model] * n
-    if init == "separate":
-        return [model, *(anew(model) for _ in range(n - 1))]
-    assert callable(init)
-    models = [check_model(init(i)) for i in range(n)]
-    for i, made in enumerate(models):
-        check_equal(named_tensors(model), named_tensors(made), f"Replicas(): init({i})")
-    return models
-
-
-def _plain(value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _tensors_of(source: nn.Module | Mapping[str, Any]) -> dict[str, Tensor]:

@@ -92,6 +92,19 @@ def anew(model: nn.Module) -> nn.Module:
     return fresh
 
 
+def starts(model: nn.Module, n: int, init: str | Callable[[int], nn.Module]) -> list[nn.Module]:
+    """Return the models that the replicas start from; structure and modes are those of the first."""
+    if init == "shared":
+        return [model] * n
+    if init == "separate":
+        return [model, *(anew(model) for _ in range(n - 1))]
+    assert callable(init)
+    models = [check_model(init(i)) for i in range(n)]
+    for i, made in enumerate(models):
+        check_equal(named_tensors(model), named_tensors(made), f"Replicas(): init({i})")
+    return models
+
+
 def check_model(model: object) -> nn.Module:
     """Return the model if it can be stacked.
 
