@@ -86,7 +86,7 @@ def notes(recording: Recording) -> tuple[str, ...]:
     return tuple(
         dict.fromkeys(
             f"{count} replicas: gradients, weights and updates are those of all together; "
-            "activations and the flow of the gradient are those of the first."
+            "activations and the flow of the gradient are those of one."
             for count in counts
             if count
         )
