@@ -383,7 +383,13 @@ def test_shuffled_batches_are_mixed(seed: int, batch: int, rare: float, seen: in
         ("batches of two hold one class by chance", sorted_by_class(SAW_TOOTH, batch=2.0)),
         ("two terms", sorted_by_class(SAW_TOOTH, loss_paths=(CROSS_ENTROPY_PATH, MSE_PATH))),
         ("a series, in its order", sorted_by_class(SAW_TOOTH, facts={"loss_kind": "mse"}, loss_paths=(MSE_PATH,))),
-        ("two phases, each mixed", sorted_by_class(SAW_TOOTH, mean=np.repeat([2.0, 7.0], 20), std=1.4)),
+        (
+            "two phases, each mixed",
+            replace(
+                sorted_by_class(SAW_TOOTH, mean=np.repeat([2.0, 7.0], [25, 15]), std=1.4),
+                steps=np.append(np.arange(10), np.linspace(10, 399, 30, dtype=np.int64)),  # dense at first, as they are
+            ),
+        ),
         ("all batches alike", sorted_by_class(SAW_TOOTH, mean=4.5, std=2.9)),
     ],
 )

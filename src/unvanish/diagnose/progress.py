@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..records import Op, Trace
-from .reading import ignores_input, late_half
+from .reading import ignores_input
 
 MIN_STEPS = 20  # below it nothing can be said about progress
 FEW = 4  # batches whose means tell whether they are mixed: by chance half of the variance with p < 1e-6
@@ -179,17 +179,17 @@ def pooled_target_std(trace: Trace) -> float:
 def targets_between_batches(trace: Trace) -> float:
     """Return the share of the targets' variance that lies between batches; 1/n for mixed batches of n.
 
-    Of the second half of the samples, because two phases of training, each mixed, are not an order of the data. But
-    if the batches there hold one class each, of all samples: where an epoch is as long as the distance of the
-    samples, they show the same class again and again.
+    Of the second half of the steps, because two phases of training, each mixed, are not an order of the data. But
+    if the batches there hold one class each, of all: where an epoch is as long as the distance of the samples, they
+    show the same class again and again.
     """
     mean, std = trace.scalars["target_mean"], trace.scalars["target_std"]
-    half = late_half(trace)
-    part = slice(None) if _median(std[half]) == 0 else half
-    known = np.isfinite(mean[part]) & np.isfinite(std[part])
-    if known.sum() < FEW:
+    known = np.isfinite(mean) & np.isfinite(std)
+    is_late = known & (trace.steps >= trace.total_steps / 2)
+    part = known if _median(std[is_late]) == 0 else is_late
+    if part.sum() < FEW:
         return math.nan
-    between, within = float(np.var(mean[part][known])), float(np.mean(std[part][known] ** 2))
+    between, within = float(np.var(mean[part])), float(np.mean(std[part] ** 2))
     return between / (between + within) if between + within > 0 else math.nan
 
 
