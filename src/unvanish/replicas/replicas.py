@@ -78,7 +78,6 @@ class Replicas(nn.Module):
         self.backend = backend
         self.stacked = stack(starts(model, n, init))
         self.training = model.training
-        self._readout: Readout = "centre" if init == "shared" else "ensemble"
         self._backends = backends()
         self._streams = None if seeds is None else Streams(seeds, self._device())
         self._apart: Apart | None = None
@@ -222,20 +221,20 @@ class Replicas(nn.Module):
 
     @torch.no_grad()
     def predict(
-        self, x: Any, how: Readout | None = None, *, read: Callable[[Any], Tensor] | None = None, loader: Any = None
+        self, x: Any, how: Readout = "ensemble", *, read: Callable[[Any], Tensor] | None = None, loader: Any = None
     ) -> Tensor:
-        """Return the prediction of the centre, or the mean of the replicas' predictions, in evaluation mode.
+        """Return the mean of the replicas' predictions, or the prediction of their centre, in evaluation mode.
 
         Args:
             x: As in `loss`.
-            how: ``"centre"`` or ``"ensemble"``; by default the centre if all replicas started equal.
+            how: ``"ensemble"``: the better readout, or as good, wherever we measured. ``"centre"``: one network, n
+                times cheaper; of replicas that started apart it is in general no good network.
             read: What to take from an output, before any mean: ``lambda output: output.softmax(-1)``.
             loader: For the centre's batch norms; see `centre`.
 
         Raises:
             OptionError: if ``how`` is unknown, or an output is no tensor and ``read`` is missing.
         """
-        how = how or self._readout
         if how not in get_args(Readout):
             raise OptionError(f"predict(): how: found {how!r}, expected 'centre' or 'ensemble'. Write how='centre'.")
         if how == "centre":
