@@ -275,7 +275,7 @@ def test_what_a_back_end_cannot_do_falls_back_and_says_so(
     (line,) = caplog.messages
     for name in ("batched", "vmap") if backend == "auto" else (backend,):
         assert REFUSED[name, make] in line
-    assert line.endswith("). The loop is used; backend='loop' says so.")
+    assert line.endswith("). The loop is used; with backend='loop' nothing is tried.")
 
 
 class Remembering(nn.Module):

@@ -52,7 +52,7 @@ def choose(
         else:
             works.append(name)
     if not works:
-        _LOG.warning("Replicas: %s. The loop is used; backend='loop' says so.", "; ".join(faults))
+        _LOG.warning("Replicas: %s. The loop is used; with backend='loop' nothing is tried.", "; ".join(faults))
         return "loop"
     return _fastest(stacked, losses, ["loop", *works]) if measure else works[0]
 
