@@ -12,22 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unvanish.reuse.weights.readers import dump_hdf5, hdf5, keras3
+from unvanish.reuse.weights.readers import apart, dump, keras3
 from unvanish.reuse.weights.readers.guard import Budget
 
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parse HDF5 here: a process for each file takes a quarter of a second; the tests of hostile files have them."""
+    """Parse here: a process for each file takes a quarter of a second; the tests of hostile files have them."""
 
-    def read_tree(source: Path | bytes, budget: Budget) -> hdf5.Entry:
+    def read_tree(form: apart.Form, source: Path | bytes, budget: Budget) -> apart.Entry:
         stream = io.BytesIO()
-        opened = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-        dump_hdf5.main(opened, hdf5.limits(budget), stream)
+        dump.main(form, source if isinstance(source, bytes) else str(source), apart.limits(budget), stream)
         stream.seek(0)
-        return hdf5.received(stream, budget)
+        return apart.received(stream, budget)
 
-    monkeypatch.setattr(hdf5, "read_tree", read_tree)
+    monkeypatch.setattr(apart, "read_tree", read_tree)
     monkeypatch.setattr(keras3, "read_tree", read_tree)
 
 

@@ -274,6 +274,7 @@ def _write_orbax(path: Path, tree: Any) -> None:
     shutil.rmtree(path, ignore_errors=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), tree)
+    (path / "commit_success.txt").unlink()  # it only names the folder on the machine that wrote it
 
 
 def _write_nnx(folder: Path, nnx: Any, serialization: Any, jnp: Any) -> None:

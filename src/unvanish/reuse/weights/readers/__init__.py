@@ -96,11 +96,11 @@ def _reader_of(path: Path, budget: Budget) -> Reader:
 
 def _read_hdf5(path: Path, budget: Budget, part: str, layout: Family | None) -> Foreign:
     """Read either form of Keras's files."""
-    from .hdf5 import read_tree
+    from .apart import read_tree
     from .keras3 import read_weights_h5
     from .keras_legacy import is_legacy, read_h5
 
-    tree = read_tree(path, budget)
+    tree = read_tree("hdf5", path, budget)
     return read_h5(path, tree) if is_legacy(tree) else read_weights_h5(path, tree)
 
 

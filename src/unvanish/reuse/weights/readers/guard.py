@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import stat
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,19 +28,29 @@ class Budget:
 
     Args:
         file: Named in errors.
-        size: Bytes of the file.
+        size: Bytes of the file, or of all files of a folder.
     """
 
     def __init__(self, file: Path, size: int) -> None:
         self.file = file
+        self.size = size
         self.bytes_left = RATIO * size + FREE_BYTES
         self.entries_left = MOST_ENTRIES
 
     @classmethod
     def of(cls, path: Path) -> Budget:
         """Return the budget of a file or of a folder of files."""
-        files = path.rglob("*") if path.is_dir() else (path,)
-        return cls(path, sum(file.stat().st_size for file in files if file.is_file()))
+        if not path.is_dir():
+            return cls(path, path.stat().st_size)
+        counted, size = cls(path, 0), 0
+        for here, folders, files in os.walk(path):
+            counted.entries(len(folders) + len(files))
+            for name in (*folders, *files):
+                status = (Path(here) / name).lstat()
+                if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+                    raise refused(path, f"{name!r}, a link or a device", "files", "Do not trust this folder")
+                size += status.st_size if stat.S_ISREG(status.st_mode) else 0
+        return cls(path, size)
 
     def entries(self, count: int = 1) -> None:
         """Take entries: arrays, groups, nodes."""
@@ -77,10 +89,9 @@ def extra(module: str, name: str, file: Path) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        advice = f"pip install 'unvanish[{name}]'" if name in ("keras", "onnx", "flax") else f"pip install {name}"
         raise WeightsError(
             f"load_weights(): file {str(file)!r}: found no {module!r} to read it with, expected it to be installed. "
-            f"Write: {advice}"
+            f"Write: pip install 'unvanish[{name}]'"
         ) from error
 
 

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from ..foreign import Family, Foreign, ForeignLayer
+from .apart import Entry, read_tree
 from .guard import Budget, refused
-from .hdf5 import Entry, read_tree
 from .keras_config import KINDS, SNAKES, Node, nodes_of, settings_of, slopes_of, snake
 from .keras_layers import positional, untyped
 from .zipped import archive
@@ -33,7 +33,7 @@ def read_keras(path: Path, budget: Budget, part: str, layout: Family | None) -> 
             raise refused(path, "no member 'model.weights.h5'", "the weights in one", "Save it unsharded")
         weights = members.read("model.weights.h5")
     nodes = nodes_of(config) if isinstance(config, dict) else []
-    layers = tuple(_container(read_tree(weights, budget), "", nodes))
+    layers = tuple(_container(read_tree("hdf5", weights, budget), "", nodes))
     return Foreign(str(path), "Keras 3 (.keras)", "keras", layers, bool(nodes), not nodes, slopes_of(nodes))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..foreign import Foreign, ForeignLayer
-from .hdf5 import Entry
+from .apart import Entry
 from .keras_config import KINDS, Node, nodes_of, settings_of, slopes_of
 from .keras_layers import named
 

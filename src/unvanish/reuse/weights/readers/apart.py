@@ -1,7 +1,8 @@
-"""HDF5 files, parsed in a process of its own: on damaged ones the library may hang or crash.
+"""Formats whose libraries parse in C, read in a process of its own: on damaged files they may hang or crash.
 
-A few bytes flipped in a file of Keras made it loop for ever: see `tests/test_weights_hostile.py`. The process has
-limits of time and memory; `dump_hdf5` is what runs in it.
+A few bytes flipped in a file of Keras made HDF5 loop for ever, and a folder of orbax that declares a large chunk made
+tensorstore end its process: see `tests/test_weights_hostile.py` and `tests/test_weights_orbax.py`. The process has
+limits of time and memory; `dump` is what runs in it.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 from torch import Tensor
 
 from .guard import MOST_LEVELS, Budget, natural, refused, tensor_of
 
-_SCRIPT = Path(__file__).with_name("dump_hdf5.py")
+_SCRIPT = Path(__file__).with_name("dump.py")
 _SECONDS = 5  # of computing; a file of some megabytes takes less than one, most of it the start
 _BYTES_A_SECOND = 10_000_000
 _LONGEST_DOCUMENT = 1 << 28
+
+Form = Literal["hdf5", "orbax"]
 
 
 @dataclass(frozen=True)
@@ -73,24 +76,17 @@ class Entry:
         return [entry.array for entry in self.entries.values() if entry.array is not None]
 
 
-def read_tree(source: Path | bytes, budget: Budget) -> Entry:
-    """Return all groups and arrays of a file, or of one that was read from an archive.
+def read_tree(form: Form, source: Path | bytes, budget: Budget) -> Entry:
+    """Return all groups and arrays of a file or folder, or of a file that was read from an archive.
 
     Raises:
-        WeightsError: if the file asks for what it may not, is damaged, or takes too long.
+        WeightsError: if it asks for what it may not, is damaged, or takes too long.
     """
     content = source if isinstance(source, bytes) else None
-    size = len(content) if content is not None else budget.file.stat().st_size
-    seconds = _SECONDS + size // _BYTES_A_SECOND
+    seconds = _SECONDS + (budget.size if content is None else len(content)) // _BYTES_A_SECOND
+    given = "-" if content is not None else str(source)
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-P",
-            str(_SCRIPT),
-            "-" if content is not None else str(source),
-            json.dumps(limits(budget)),
-            str(seconds),
-        ],
+        [sys.executable, "-P", str(_SCRIPT), form, given, json.dumps(limits(budget)), str(seconds)],
         stdin=subprocess.DEVNULL if content is None else subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -105,7 +101,7 @@ def read_tree(source: Path | bytes, budget: Budget) -> Entry:
                 process.stdin.write(content)
         return received(process.stdout, budget)
     except _EndedEarlyError as error:
-        found = f"damaged content (HDF5's own library did not finish, {process.wait()})"
+        found = f"damaged content (the library for {form} did not finish, {process.wait()})"
         raise refused(budget.file, found, "a file as its framework writes it", "Save it anew") from error
     finally:
         guard.cancel()
