@@ -67,11 +67,25 @@ def norms() -> tuple[nn.Module, tuple[int, ...]]:
     return model, (3, 16, 16)
 
 
+class Recurrent(nn.Module):
+    """A recurrence of 20 steps, of which the last output is read."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.recurrence, self.head = kind(8, 32, batch_first=True), nn.Linear(32, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.recurrence(x)[0]
+        return self.head(outputs[:, -1])  # type: ignore[no-any-return]
+
+
 NETS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
     "mlp-small": perceptron(64, 32, 32, CLASSES),
     "mlp-256": perceptron(64, 256, 256, CLASSES),
     "cnn": cnn,
     "cnn-norms": norms,
+    "gru": lambda: (Recurrent(nn.GRU), (20, 8)),
+    "lstm": lambda: (Recurrent(nn.LSTM), (20, 8)),
 }
 
 

@@ -238,10 +238,22 @@ def test_clipping_nothing() -> None:
 # --- random numbers
 
 
+class Recurrent(nn.Module):
+    """Drops between recurrent layers; the columns of the batch come one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrence, self.head = nn.GRU(1, 6, num_layers=3, dropout=0.4, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.recurrence(x.unsqueeze(2))[0][:, -1])
+
+
+@pytest.mark.parametrize("make", [dropping, Recurrent])
 @pytest.mark.parametrize(("backend", "tolerance"), [("loop", {}), ("batched", {"rtol": 1e-4, "atol": 1e-5})])
-def test_seeds_make_replicas_separate_trainings(backend: Any, tolerance: dict[str, float]) -> None:
+def test_seeds_make_replicas_separate_trainings(make: Any, backend: Any, tolerance: dict[str, float]) -> None:
     """With a seed each, n replicas are n plain trainings after `manual_seed`, dropout and batch norm included."""
-    models, batches, seeds = made(dropping), data(), (5, 6, 7)
+    models, batches, seeds = made(make), data(), (5, 6, 7)
     replicas = Replicas(models[0], n=3, init=models.__getitem__, backend=backend, seeds=seeds)
     torch.manual_seed(99)
     outside = torch.get_rng_state()

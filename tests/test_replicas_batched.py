@@ -17,8 +17,6 @@ from unvanish import Coupling, Replicas
 from unvanish.replicas import BinaryConv2d, BinaryLinear
 from unvanish.replicas.choice import Backend, choose
 
-from .nets import Reader
-
 SGD = {"lr": 0.05, "momentum": 0.9}
 
 
@@ -61,6 +59,22 @@ class Attending(nn.Module):
         x = x + self.out(y.transpose(1, 2).reshape(batch, time, width))
         weights = torch.softmax(x @ x.transpose(-2, -1), dim=-1)
         return self.head(torch.matmul(weights, self.rms(x))[:, -1])
+
+
+class Recurrent(nn.Module):
+    """A recurrence of which all outputs and the last states are used."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.recurrence = kind(7, 4, **options)
+        ways = 2 if self.recurrence.bidirectional else 1
+        self.head = nn.Linear(ways * 4 + 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, states = self.recurrence(x if self.recurrence.batch_first else x.transpose(0, 1))
+        rows = outputs if self.recurrence.batch_first else outputs.transpose(0, 1)
+        hidden, cell = states if isinstance(self.recurrence, nn.LSTM) else (states, states)
+        return self.head(torch.cat([rows.mean(1), hidden[-1] + 2 * cell[0]], 1))
 
 
 def images(*shape: int) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -141,6 +155,15 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, Tensor]]]
         images(2, 6, 6),
     ),
     "residual": (Residual, images(3, 6, 6)),
+    "lstm": (lambda: Recurrent(nn.LSTM, batch_first=True), images(5, 7)),
+    "lstm, two layers, both ways, without biases": (
+        lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True, bias=False),
+        images(5, 7),
+    ),
+    "gru, two layers": (lambda: Recurrent(nn.GRU, num_layers=2, batch_first=True), images(5, 7)),
+    "gru, both ways": (lambda: Recurrent(nn.GRU, bidirectional=True), images(5, 7)),
+    "recurrence of tanh": (lambda: Recurrent(nn.RNN, batch_first=True, bidirectional=True), images(5, 7)),
+    "recurrence of relu": (lambda: Recurrent(nn.RNN, nonlinearity="relu", num_layers=2), images(5, 7)),
     "attention": (Attending, lambda: (torch.randint(11, (6, 5)), torch.randint(3, (6,)))),
     "attention with a mask": (
         Attending,
@@ -426,12 +449,24 @@ def test_the_fastest_is_taken_and_only_if_asked_for(monkeypatch: pytest.MonkeyPa
     assert choose(stacked, losses, ["batched", "vmap"], measure=True) == "loop"
 
 
+class Counting(nn.Module):
+    """Counts in Python, by its output: nothing that can be written down once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y * int((y > 0).sum())
+
+
 def test_auto_takes_what_works(caplog: pytest.LogCaptureFixture) -> None:
-    """A recurrent net is left to the loop; a perceptron of many replicas is not."""
+    """A layer of one's own is left to the loop; a perceptron of many replicas is not."""
     torch.manual_seed(0)
-    reader = Replicas(Reader(), n=2, backend="auto")
+    reader = Replicas(Counting(), n=2, backend="auto")
     with caplog.at_level(logging.WARNING, "unvanish"):
-        reader.loss(F.cross_entropy, torch.randint(20, (8, 6)), torch.randint(3, (8,)))
+        reader.loss(F.cross_entropy, torch.randn(8, 7), torch.randint(3, (8,)))
     assert reader._chosen == {(True, True): "loop"}
     assert len(caplog.messages) == 1
     replicas = Replicas(mlp(nn.ReLU()), n=32, backend="auto")

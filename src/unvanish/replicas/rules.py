@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from . import weighted
 from .binary import BinaryConv2d, BinaryLinear
+from .recurrent import recurrence
 from .stacked import NotUnderstood, Stacked, Where, aligned, for_each
 
 Rule = Callable[..., Any]
@@ -250,6 +251,7 @@ BY_MODULE: dict[type[nn.Module], Rule] = {
     nn.LayerNorm: weighted.layer_norm,
     nn.RMSNorm: weighted.layer_norm,
     nn.Embedding: weighted.embedding,
+    **dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), recurrence),
     nn.Dropout: _dropout_module,
     nn.Dropout1d: _dropout_of_channels,
     nn.Dropout2d: _dropout_of_channels,
