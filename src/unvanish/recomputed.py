@@ -70,7 +70,7 @@ class FrozenFront:
         self.is_open = False  # a model is being called, and nothing in it has learnt yet
         self._clock = clock
         self._start = 0.0
-        self._state = torch.empty(0)  # of the random numbers when the model was called
+        self._state = torch.empty(0)  # of the random numbers, at the last frozen layer or before
         self.forget()
 
     def begin(self) -> None:
@@ -104,13 +104,15 @@ class FrozenFront:
             if not output.is_cpu or not torch.is_grad_enabled():
                 self._pass = self._waiting = None
             return
-        is_random = not torch.equal(torch.get_rng_state(), self._state)
+        state = torch.get_rng_state()
+        is_random = not torch.equal(state, self._state)
         if is_batch_norm(module) and (module.training or module.running_mean is None):
             front.norms.append(name)
         if parameters:
             front.layers.append(name)
             front.modules.append(weakref.ref(module))
             front.is_random |= is_random
+            self._state = state
         if front.layers and (parameters or not is_random):  # a dropout on top is not part of the front
             front.end = self._clock()
 
