@@ -122,15 +122,21 @@ class _EndedEarlyError(Exception):
 
 def received(stream: IO[bytes], budget: Budget) -> Entry:
     """Build the tree that the process wrote."""
+    _exactly(stream, 1)  # the first part is a document
+    return _entry(_document(stream, budget)["tree"], stream, budget)
+
+
+def _document(stream: IO[bytes], budget: Budget) -> dict[str, Any]:
+    """Return what the process says, unless it says why it cannot go on."""
     length = int.from_bytes(_exactly(stream, 8), "little")
     if length > _LONGEST_DOCUMENT:
         raise _EndedEarlyError
-    document = json.loads(_exactly(stream, length))
+    document: dict[str, Any] = json.loads(_exactly(stream, length))
     if "refused" in document:
         raise refused(budget.file, *document["refused"])
     if "damaged" in document:
         raise ValueError(document["damaged"])
-    return _entry(document["tree"], stream, budget)
+    return document
 
 
 def _entry(tree: Mapping[str, Any], stream: IO[bytes], budget: Budget) -> Entry:
@@ -141,11 +147,19 @@ def _entry(tree: Mapping[str, Any], stream: IO[bytes], budget: Budget) -> Entry:
         found = {name: _entry(inner, stream, budget) for name, inner in tree["entries"].items()}
         return Entry(texts, {name: found[name] for name in sorted(found, key=natural)})
     dtype, shape = np.dtype(tree["dtype"]), tuple(tree["shape"])
-    size = math.prod(shape) * dtype.itemsize
-    budget.bytes(size)
-    array = np.frombuffer(_exactly(stream, size), dtype).reshape(shape)
+    array = np.frombuffer(_bytes(stream, math.prod(shape) * dtype.itemsize, budget), dtype).reshape(shape)
     is_marked = texts.get("dtype") == ["bfloat16"]  # so Keras marks what HDF5 has no type for
     return Entry(texts, {}, tensor_of(array, "bfloat16" if is_marked else ""))
+
+
+def _bytes(stream: IO[bytes], size: int, budget: Budget) -> bytes:
+    """Return the bytes of an array."""
+    budget.bytes(size)
+    if _exactly(stream, 1) == b"d":
+        _document(stream, budget)
+    if int.from_bytes(_exactly(stream, 8), "little") != size:
+        raise _EndedEarlyError
+    return _exactly(stream, size)
 
 
 def _exactly(stream: IO[bytes], size: int) -> bytes:

@@ -1,8 +1,8 @@
 """Run in a process of its own: check what a library written in C parses, and write what lies in it to standard output.
 
-Written is the length of a document, the document, and the bytes of all arrays in their order. The formats are read by
-`dump_hdf5` and `dump_orbax`. None of these files imports anything of its package: they start in a fraction of a second,
-without torch.
+Written are parts, each after its kind and length: a document, then the bytes of all arrays in their order; where an
+array cannot be read, a document that says so. `dump_hdf5` and `dump_orbax` read the formats. None of these files
+imports anything of its package: they start in a fraction of a second, without torch.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main(form: str, source: Source, limits: dict[str, int], output: BinaryIO) ->
         content = _reader(form)(source, Allowance(**limits))
         _write(output, {"tree": next(content)})
         for array in content:
-            output.write(array)
+            _part(output, b"a", array)
     except RefusedError as error:
         _write(output, {"refused": error.args})
     except Exception as error:  # the libraries raise whatever they meet in a damaged file
@@ -84,8 +84,12 @@ def _reader(form: str) -> Callable[[Source, Allowance], Content]:
 
 
 def _write(output: BinaryIO, document: dict[str, Any]) -> None:
-    content = json.dumps(document).encode()
-    output.write(len(content).to_bytes(8, "little") + content)
+    _part(output, b"d", json.dumps(document).encode())
+
+
+def _part(output: BinaryIO, kind: bytes, content: bytes) -> None:
+    output.write(kind + len(content).to_bytes(8, "little"))
+    output.write(content)
 
 
 def limit(seconds: int, size: int) -> None:

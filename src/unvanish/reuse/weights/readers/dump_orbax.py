@@ -73,11 +73,12 @@ def _descriptions(folder: Path, metadata: Mapping[str, Any]) -> Any:
 def _count(array: Any, allowance: Allowance) -> None:
     """Take an array's chunks from what is allowed: their number, and the room for all of them as a whole."""
     layout = array.chunk_layout
-    for told in (layout.read_chunk.shape, layout.write_chunk.shape):
-        chunk = told or ()  # None for a single number
-        count = math.prod(-(-length // step) for length, step in zip(array.shape, chunk, strict=True))
-        allowance.entries(count)
-    allowance.bytes(count * math.prod(chunk) * array.dtype.numpy_dtype.itemsize)
+    read, written = (
+        math.prod(-(-length // step) for length, step in zip(array.shape, chunk or (), strict=True))
+        for chunk in (layout.read_chunk.shape, layout.write_chunk.shape)  # None for a single number
+    )
+    allowance.bytes(written * math.prod(layout.write_chunk.shape or ()) * array.dtype.numpy_dtype.itemsize)
+    allowance.entries(read + written)
 
 
 def _put(tree: dict[str, Any], keys: list[str], array: Any) -> None:
