@@ -70,7 +70,7 @@ def train_kicked(job: Job, *, init: Literal["shared", "separate"], ratio: float)
     """Train n replicas, each on its share of the batches, with a kick after each step."""
     rounds = job.rounds
     start: Any = "shared" if init == "shared" else job.starts.__getitem__
-    replicas = Replicas(job.starts[0], len(job.starts), start)
+    replicas = Replicas(job.starts[0], len(job.starts), start, backend="loop")
 
     def rate(step: int) -> float:
         return 0.5 * job.lr * (1 + math.cos(math.pi * step / len(rounds)))

@@ -56,7 +56,7 @@ def train(setting: Setting, seed: int, x: Tensor, y: Tensor) -> unvanish.Replica
     """Train replicas, each on batches of its own."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    replicas = unvanish.Replicas(model, n=REPLICAS, init=setting.init)
+    replicas = unvanish.Replicas(model, n=REPLICAS, init=setting.init, backend="loop")
     coupling = unvanish.Coupling(replicas, strength=setting.strength)
     optimizer = torch.optim.SGD(replicas.parameters(), lr=0.1, momentum=0.9)
     for _ in range(STEPS):

@@ -164,7 +164,7 @@ def measured(size: Size, seed: int, way: Way) -> Curves:
     def cost(output: Tensor, y: Tensor) -> Tensor:
         return (output - y).square().sum() / way.union  # of 64 rows, however many there are
 
-    replicas = unvanish.Replicas(starts[0], way.n, init=lambda i: starts[i])
+    replicas = unvanish.Replicas(starts[0], way.n, init=lambda i: starts[i], backend="loop")
     coupling = unvanish.Coupling(replicas, strength=way.strength, force="tanh")
     optimizer = torch.optim.SGD(replicas.parameters(), lr=size.lr)
     curves: dict[str, list[float]] = {}
