@@ -449,6 +449,20 @@ def test_the_fastest_is_taken_and_only_if_asked_for(monkeypatch: pytest.MonkeyPa
     assert choose(stacked, losses, ["batched", "vmap"], measure=True) == "loop"
 
 
+@pytest.mark.parametrize("backend", ["batched", "vmap"])
+def test_mixed_precision_is_compared_in_its_own(backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
+    """Under autocast back ends agree to its digits, not to those of float32: none is refused for that."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+    replicas, loop = Replicas(net, n=16, backend=backend), Replicas(net, n=16, backend="loop")
+    x, y = torch.randn(64, 64), torch.randint(10, (64,))
+    with torch.autocast("cpu", torch.bfloat16), caplog.at_level(logging.WARNING, "unvanish"):
+        found, expected = (each.losses(F.cross_entropy, x, y) for each in (replicas, loop))
+    assert replicas._chosen == {(True, True): backend}
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.0)
+    assert caplog.messages == []
+
+
 class Counting(nn.Module):
     """Counts in Python, by its output: nothing that can be written down once."""
 

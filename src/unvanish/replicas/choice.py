@@ -134,6 +134,11 @@ def _without_dropout(stacked: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _autocast_eps(device: str) -> float:
+    """Return the precision in which operations compute that mixed precision takes over; 0 where it is off."""
+    return float(torch.finfo(torch.get_autocast_dtype(device)).eps) if torch.is_autocast_enabled(device) else 0.0
+
+
 def _agree(expected: list[Tensor], found: list[Tensor]) -> bool:
     """Say whether two back ends did the same: to the root of the precision, relative to the largest number.
 
@@ -144,7 +149,7 @@ def _agree(expected: list[Tensor], found: list[Tensor]) -> bool:
         return False
     largest = max(float(a.abs().max()) for a, _ in floats if a.numel())
     for a, b in floats:
-        close = float(torch.finfo(a.dtype).eps) ** 0.5
+        close = max(float(torch.finfo(a.dtype).eps), _autocast_eps(a.device.type)) ** 0.5
         if not torch.allclose(a, b, rtol=close, atol=close * largest, equal_nan=True):
             return False
     return True
