@@ -6,17 +6,19 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.collections import PathCollection
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.nets import Tied
 from tests.test_freeze import OPTIMIZERS, Residual, cnn, mlp
 from unvanish import OptionError
-from unvanish.reuse.depths import try_depths
+from unvanish.reuse.depths import Depth, Depths, try_depths
 from unvanish.reuse.gradual import GradualThaw
 from unvanish.reuse.rates import layer_rates, rate_table
 
@@ -180,6 +182,36 @@ def test_depths_reuse_exactly_the_lowest_layers() -> None:
     ]  # fmt: skip
     assert depths.best is depths.rows[0]
     assert str(depths).splitlines()[1].endswith("best")
+
+
+def test_depths_draw_themselves(tmp_path: Path) -> None:
+    """Every seed of every depth is a point at its loss; a file that cannot be written is refused by name."""
+    depths = Depths((
+        Depth(0, "tuned", (4.0, 3.0)), Depth(1, "frozen", (1.0, 2.0)), Depth(1, "tuned", (2.5, 0.5)),
+        Depth(2, "frozen", (9.0, 8.0)),
+    ))  # fmt: skip
+    text = depths.draw(tmp_path / "a.svg").read_text()
+    assert text.count("<use") >= sum(len(row.losses) for row in depths.rows)
+    for word in ("from scratch", "frozen", "tuned", "lowest layers reused", "held-out loss"):
+        assert f"<!-- {word} -->" in text
+    points, bars = drawn(depths, tmp_path)
+    assert sorted(points) == sorted(loss for row in depths.rows for loss in row.losses)
+    assert sorted(bars) == sorted(row.median for row in depths.rows)
+    with pytest.raises(OptionError, match=r"Depths.draw\(\): file: found .*expected a file that can be written"):
+        depths.draw(tmp_path / "a.unknown")
+
+
+def drawn(depths: Depths, folder: Path) -> tuple[list[float], list[float]]:
+    """Return the losses of all points of a picture, and the medians that lines join."""
+    kept: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **options: kept.append(figure))
+        depths.draw(folder / "a.png")
+    (axis,) = kept[0].axes
+    points = [
+        loss for cloud in axis.collections if isinstance(cloud, PathCollection) for _, loss in cloud.get_offsets()
+    ]
+    return points, [loss for bar in axis.containers for loss in bar.lines[0].get_ydata()]
 
 
 def test_depths_find_where_reuse_helps() -> None:

@@ -361,5 +361,5 @@ def test_the_folder_around_that_of_the_weights_will_do(tmp_path: Path) -> None:
     metadata["tree_metadata"]["('name',)"]["value_metadata"]["value_type"] = "string"
     (tmp_path / "7" / "default" / "_METADATA").write_text(json.dumps(metadata))
     (tmp_path / "7" / "metrics").mkdir()
-    (layer,) = read_weights(tmp_path / "7").layers
+    (layer,) = read_weights(tmp_path / "7" / ".." / "7").layers
     assert layer.arrays["kernel"].sum() == 16

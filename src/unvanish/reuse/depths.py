@@ -5,13 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ..errors import OptionError
 from .freeze import freeze_to, layers_of, thaw
+from .picture import blank, save
 
 Way = Literal["frozen", "tuned"]
 
@@ -38,7 +40,7 @@ class Depth:
 
 @dataclass(frozen=True)
 class Depths:
-    """The trials of `try_depths`; prints as a table with bars.
+    """The trials of `try_depths`; prints as a table with bars, and draws itself.
 
     Args:
         rows: One for each depth and way; the first is training from scratch.
@@ -61,6 +63,43 @@ class Depths:
                 f"  {bar}{' best' if row is self.best else ''}"
             )
         return "\n".join(lines)
+
+    def draw(self, file: str | Path) -> Path:
+        """Draw the loss against the number of reused layers: a line for each way, beside training from scratch.
+
+        Lines join the medians, bars reach from the smallest to the largest loss, and each seed is a point.
+
+        Args:
+            file: Ends in .png, .svg or .pdf.
+
+        Raises:
+            OptionError: if matplotlib is not there or the file cannot be written.
+        """
+        figure = blank("Depths.draw()", 6, 4)
+        axis = figure.subplots()
+        scratch = self.rows[0]
+        axis.axhspan(min(scratch.losses), max(scratch.losses), color="0.9", linewidth=0)
+        axis.axhline(scratch.median, color="0.5", linestyle="--")
+        _draw_rows(axis, "from scratch", [scratch], color="0.4", shift=0.0)
+        ways = list(dict.fromkeys(row.way for row in self.rows[1:]))
+        for number, way in enumerate(ways):
+            own = [row for row in self.rows[1:] if row.way == way]
+            _draw_rows(axis, way, own, color=f"C{number}", shift=0.06 * (2 * number - len(ways) + 1))
+        axis.set_xticks(range(max(row.layers for row in self.rows) + 1))
+        axis.set_xlabel("lowest layers reused")
+        axis.set_ylabel("held-out loss")
+        axis.legend(fontsize="small")
+        return save("Depths.draw()", figure, file, "draw('depths.png')")
+
+
+def _draw_rows(axis: Any, label: str, rows: list[Depth], color: str, shift: float) -> None:
+    """Draw medians, ranges and points; a little aside, so that ways do not cover each other."""
+    places = [row.layers + shift for row in rows]
+    medians = [row.median for row in rows]
+    ranges = [[row.median - min(row.losses) for row in rows], [max(row.losses) - row.median for row in rows]]
+    axis.errorbar(places, medians, ranges, marker="o", capsize=3, color=color, label=label)
+    for place, row in zip(places, rows, strict=True):
+        axis.scatter([place] * len(row.losses), row.losses, s=9, color=color, alpha=0.5)
 
 
 def try_depths(

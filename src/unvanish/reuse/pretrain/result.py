@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import OptionError
+from ..picture import blank, save
 
 
 @dataclass(frozen=True)
@@ -76,32 +77,17 @@ class Pretraining:
         Raises:
             OptionError: if matplotlib is not there, the shape does not fit, or the file cannot be written.
         """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise OptionError(
-                "Pretraining.draw(): found no matplotlib, expected it for pictures. Run: pip install 'unvanish[plot]'"
-            ) from error
         shape = _picture_shape(self.examples, shape)
         rows = [("held out", self.examples)]
         rows += [(f"from {layer.name!r}", layer.restored) for layer in self.layers if layer.restored is not None]
         columns = len(self.examples)
-        figure = Figure(figsize=(1.1 * columns + 1, 1.15 * len(rows)), layout="constrained")
-        FigureCanvasAgg(figure)  # not pyplot: it would keep the figure, and choose a screen
+        figure = blank("Pretraining.draw()", 1.1 * columns + 1, 1.15 * len(rows))
         cells = figure.subplots(len(rows), columns, squeeze=False)
         for line, (title, examples) in zip(cells, rows, strict=True):
             for cell, example in zip(line, examples, strict=True):
                 _draw_one(cell, example, shape)
             line[0].set_ylabel(title, rotation=0, ha="right", va="center")
-        try:
-            figure.savefig(file, dpi=110)
-        except (OSError, ValueError) as error:
-            raise OptionError(
-                f"Pretraining.draw(): file: found {str(file)!r} ({error}), expected a file that can be written, ending "
-                "in .png, .svg or .pdf. Write draw('restored.png')."
-            ) from error
-        return Path(file)
+        return save("Pretraining.draw()", figure, file, "draw('restored.png')")
 
 
 def _picture_shape(examples: Tensor, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:

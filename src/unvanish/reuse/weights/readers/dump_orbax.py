@@ -24,7 +24,7 @@ _CACHED = 100_000_000  # bytes; without a cache each array would read the list o
 
 def read(source: Source, allowance: Allowance) -> Content:
     """Yield the tree of arrays of a folder, given by its path, then the bytes of each."""
-    folder = Path(str(source))
+    folder = Path(str(source)).resolve()  # the library takes no ".."
     metadata = json.loads((folder / "_METADATA").read_bytes())
     allowance.entries(len(metadata["tree_metadata"]))
     describe = _descriptions(folder, metadata)
@@ -63,8 +63,8 @@ def _descriptions(folder: Path, metadata: Mapping[str, Any]) -> Any:
 
     def describe(name: str) -> dict[str, Any]:
         if not is_database:
-            return {**told, "kvstore": {"driver": "file", "path": f"{folder.absolute()}/{name}/"}}
-        base = {"driver": "file", "path": f"{folder.absolute()}/"}
+            return {**told, "kvstore": {"driver": "file", "path": f"{folder}/{name}/"}}
+        base = {"driver": "file", "path": f"{folder}/"}
         return {**told, "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
 
     return describe
