@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,8 +185,8 @@ def test_depths_reuse_exactly_the_lowest_layers() -> None:
     assert str(depths).splitlines()[1].endswith("best")
 
 
-def test_depths_draw_themselves(tmp_path: Path) -> None:
-    """Every seed of every depth is a point at its loss; a file that cannot be written is refused by name."""
+def test_depths_draw_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every seed of every depth is a point at its loss; without a place to draw to, or matplotlib, it says so."""
     depths = Depths((
         Depth(0, "tuned", (4.0, 3.0)), Depth(1, "frozen", (1.0, 2.0)), Depth(1, "tuned", (2.5, 0.5)),
         Depth(2, "frozen", (9.0, 8.0)),
@@ -199,6 +200,9 @@ def test_depths_draw_themselves(tmp_path: Path) -> None:
     assert sorted(bars) == sorted(row.median for row in depths.rows)
     with pytest.raises(OptionError, match=r"Depths.draw\(\): file: found .*expected a file that can be written"):
         depths.draw(tmp_path / "a.unknown")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(OptionError, match=r"Depths.draw\(\): found no matplotlib.*pip install 'unvanish\[plot\]'"):
+        depths.draw(tmp_path / "b.png")
 
 
 def drawn(depths: Depths, folder: Path) -> tuple[list[float], list[float]]:
