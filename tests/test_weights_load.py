@@ -342,6 +342,119 @@ def test_external_data_of_onnx_is_read_beside_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lowest": 0}, "lowest: found 0"),
+        ({"flatten": "rows"}, "flatten: found 'rows'"),
+        ({"tolerance": -1.0}, "tolerance: found -1"),
+        ({"verify": 3}, "verify: found no pair"),
+    ],
+)
+def test_an_option_that_cannot_be_used(options: dict[str, Any], words: str) -> None:
+    """The call is wrong: said before anything is read."""
+    with pytest.raises(OptionError, match=words):
+        load_weights(cnn(), "nowhere.keras", **options)
+    with pytest.raises(OptionError, match="model: found str"):
+        load_weights("model", "nowhere.keras")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"keep": ["11"]}, "keep: found '11', expected a layer of the model. It has '0', '2'"),
+        ({"leave": ["fc3"]}, "leave: found 'fc3', expected a layer of the file. Did you mean 'fc"),
+        ({"names": {"0": "conv3"}}, r"names\['0'\]: found 'conv3', expected a layer of the file. Did you mean 'conv"),
+        ({"names": {"zero": "conv1"}}, "names: found 'zero', expected a layer of the model"),
+    ],
+)
+def test_a_name_that_is_not_there(options: dict[str, Any], words: str) -> None:
+    """A misspelt layer is an error with a suggestion, not a silent no."""
+    with pytest.raises(WeightsError, match=words):
+        load_weights(cnn(), CNN, **options)
+
+
+def test_the_way_back_carries_what_training_changed(tmp_path: Path) -> None:
+    """Weights changed in torch are given in the layout of the file: loading those gives the changed model."""
+    model = KERAS["dense"].build()
+    plan = load_weights(model, GOLDEN / "keras_dense.keras")
+    with torch.no_grad():
+        model.weight.add_(1)
+    arrays = {name: array.numpy() for name, array in plan.reverse().items()}
+    np.savez(tmp_path / "w.npz", **arrays)
+    again = KERAS["dense"].build()
+    load_weights(again, tmp_path / "w.npz")
+    assert_equal(again, model)
+
+
+@given(st.data())
+def test_every_operation_is_undone(data: st.DataObject) -> None:
+    """Back after forward gives the same bytes, for tensors of any shape that the operation takes."""
+    blocks = data.draw(st.integers(1, 4))
+    shape = (blocks * data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)))
+    axes = tuple(data.draw(st.permutations(range(3))))
+    tensors = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(n)) for n in range(data.draw(st.integers(1, 3)))
+    ]
+    many: tuple[ops.Operation, ...] = (
+        ops.Permute(axes),
+        ops.Reshape(shape, (shape[0] * shape[1], shape[2])),
+        ops.Flip((0, 2)),
+        ops.Gates(tuple(data.draw(st.permutations(range(blocks))))),
+        ops.Join((shape[0],) * len(tensors)),
+        ops.Fill(0.5, (2,), is_first=data.draw(st.booleans())),
+    )
+    for operation in many:
+        there = operation.forward(list(tensors))
+        for one, other in zip(operation.back(there), tensors, strict=True):
+            assert one.shape == other.shape
+            assert torch.equal(one, other), operation
+    for operation in (ops.Unstack(), ops.Split((1, shape[0] - 1))):
+        (back,) = operation.back(operation.forward(tensors[:1]))
+        assert torch.equal(back, tensors[0])
+
+
+def test_the_way_back_refuses_what_has_no_place() -> None:
+    """A constant that training changed has no place in the file: said, not dropped."""
+    model = nn.BatchNorm1d(4)
+    plan = load_weights(model, GOLDEN / "keras_batch_norm_bare.keras")
+    assert set(plan.reverse()) == {"batch_normalization/mean", "batch_normalization/variance"}
+    with torch.no_grad():
+        model.weight.add_(1)
+    with pytest.raises(WeightsError, match="found values other than 1"):
+        plan.reverse()
+
+
+def test_the_face_is_this_function() -> None:
+    """`unvanish.load_weights` is the function of the documents."""
+    assert unvanish.load_weights is load_weights
+
+
+def test_weights_alone_are_paired_by_the_order_of_their_class(tmp_path: Path) -> None:
+    """Keras numbers the layers of a class in their order; the names that the user gave them tell none."""
+    with h5py.File(tmp_path / "x.weights.h5", "w") as file:
+        for number, (key, label) in enumerate((("dense", "z"), ("dense_1", "a"), ("dense_10", "c"), ("dense_2", "b"))):
+            held = file.create_group(f"layers/{key}/vars")
+            held.attrs["name"] = label
+            held["0"] = np.full((2, 2), number, "f4")
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(4)))
+    load_weights(model, tmp_path / "x.weights.h5")
+    assert [int(layer.weight[0, 0]) for layer in model] == [0, 1, 3, 2]
+
+
+def test_activations_that_a_framework_holds_in_its_layer_are_allowed_for(tmp_path: Path) -> None:
+    """Outputs of a layer may be those behind its activation, also where no other layer follows."""
+    rng = np.random.default_rng(0)
+    kernel, x = rng.normal(size=(4, 3)).astype("f4"), rng.normal(size=(5, 4)).astype("f4")
+    np.savez(tmp_path / "w.npz", **{"dense/kernel": kernel})
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.ReLU())
+    y = np.maximum(x @ kernel, 0)
+    plan = load_weights(model, tmp_path / "w.npz", verify=(x, {"dense": y, "output": y}))
+    assert plan.verification.first == ""
+    with pytest.raises(WeightsError, match="the first layer that differs: 'dense'"):
+        load_weights(model, tmp_path / "w.npz", verify=(x, {"dense": y + 1, "output": y + 1}))
+
+
+@pytest.mark.parametrize(
     ("name", "module", "extra"),
     [
         ("keras_dense.keras", "h5py", "keras"),
