@@ -1,6 +1,6 @@
 """What layers that were learnt on one task are worth on a related one: accuracy against labels and epochs.
 
-    python bench/transfer.py [FOLDER] [--tasks digits cifar] [--seeds 3] [--jobs 1] [--json FILE] [--picture FILE]
+    python bench/transfer.py [FOLDER] [--tasks digits cifar] [--seeds 5] [--jobs 1] [--json FILE] [--picture FILE]
 
 digits: a net that tells 0 to 4 learns to tell 5 to 9 (scikit-learn's, 8 x 8). cifar: one that tells six animals learns
 to tell four vehicles; FOLDER holds cifar10-jpeg.npz, of which a small part is read. The head is new; below it:
@@ -283,7 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", metavar="FOLDER")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["digits"])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--picture", type=Path, metavar="FILE")
