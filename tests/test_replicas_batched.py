@@ -61,6 +61,18 @@ class Attending(nn.Module):
         return self.head(torch.matmul(weights, self.rms(x))[:, -1])
 
 
+class Twice(nn.Module):
+    """Reads the output of a layer again after an activation has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.act, self.last, self.head = nn.Linear(7, 6), nn.ReLU(), nn.ReLU(), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return self.head(self.last(self.act(y) - y))
+
+
 class Recurrent(nn.Module):
     """A recurrence of which all outputs and the last states are used."""
 
@@ -87,6 +99,7 @@ def mlp(*between: nn.Module) -> nn.Module:
 
 NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, Tensor]]]] = {
     "one layer": (lambda: nn.Linear(7, 3), images(7)),
+    "read again": (Twice, images(7)),
     "without biases": (lambda: nn.Sequential(nn.Linear(7, 4, bias=False), nn.Linear(4, 3, bias=False)), images(7)),
     "norms of rows": (lambda: mlp(nn.BatchNorm1d(6), nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.GELU()), images(7)),
     "norms without weights": (

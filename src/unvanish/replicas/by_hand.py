@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from .losses import LossFn, losses_of
-from .rules import BY_FUNCTION, BY_METHOD, BY_MODULE, Rule
+from .rules import BY_FUNCTION, BY_METHOD, BY_MODULE, FRESH, Rule, relu_in_place
 from .stacked import NotUnderstood, Stacked, Where
 from .streams import Streams
 
@@ -150,8 +150,9 @@ def _step(stacked: nn.Module, node: fx.Node) -> Step:
     if node.op == "get_attr":
         return _read(stacked, str(node.target))
     if node.op == "call_module":
-        module = stacked if type(stacked) in BY_MODULE else stacked.get_submodule(str(node.target))
-        return _apply_module(module, node)
+        module = _module_of(stacked, node)
+        is_last = type(module) is nn.ReLU and _is_only_use_of_fresh(stacked, node)
+        return _apply_module(module, node, relu_in_place if is_last else BY_MODULE.get(type(module)))
     rule = (BY_FUNCTION if node.op == "call_function" else BY_METHOD).get(node.target)  # type: ignore[arg-type]
     if rule is None:
         raise NotUnderstood(str(getattr(node.target, "__name__", node.target)))
@@ -165,8 +166,22 @@ def _apply(rule: Rule, node: fx.Node) -> Step:
     return step
 
 
-def _apply_module(module: nn.Module, node: fx.Node) -> Step:
-    rule = BY_MODULE.get(type(module))
+def _module_of(stacked: nn.Module, node: fx.Node) -> nn.Module:
+    return stacked if type(stacked) in BY_MODULE else stacked.get_submodule(str(node.target))
+
+
+def _is_only_use_of_fresh(stacked: nn.Module, node: fx.Node) -> bool:
+    """Say whether a layer's input is memory that was made for it and that nobody else reads, the backward pass too."""
+    source = node.args[0] if node.args else None
+    return (
+        isinstance(source, fx.Node)
+        and source.op == "call_module"
+        and len(source.users) == 1
+        and isinstance(_module_of(stacked, source), FRESH)
+    )
+
+
+def _apply_module(module: nn.Module, node: fx.Node, rule: Rule | None) -> Step:
     if rule is None:
         raise NotUnderstood(type(module).__name__)
     if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
