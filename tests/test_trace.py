@@ -77,7 +77,7 @@ def test_the_file_says_what_memory_says(tmp_path: Path) -> None:
     recorder = filled(tmp_path / "run")
     assert_same(read_recording(tmp_path / "run"), recorder.recording())
     recorder.close()
-    recording = read_recording(tmp_path / "run" / FILE_NAME)
+    recording = read_recording(str(tmp_path / "run" / FILE_NAME))
     assert_same(recording, recorder.recording())
     assert_same(recording, filled(None).recording())
     trace = recording.traces[1]

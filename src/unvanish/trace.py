@@ -274,12 +274,13 @@ def _describe_stream(stream: Stream) -> dict[str, Any]:
     }
 
 
-def read_recording(path: Path) -> Recording:
+def read_recording(path: str | Path) -> Recording:
     """Read a run from its folder or file, also while it is being written.
 
     Raises:
         RecordError: if it is missing, no record, or damaged.
     """
+    path = Path(path)
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
         raise RecordError(
