@@ -198,7 +198,7 @@ def test_the_cut_is_found_in_any_graph(name: str, tmp_path: Path) -> None:
 
 def test_what_crosses_the_border(tmp_path: Path) -> None:
     """Exactly the outputs that the rest uses are stored: the topmost of a chain, all ends of skips, the input."""
-    from unvanish.reuse.cache.cut import find_cut
+    from unvanish.reuse.cache.find import find_cut
 
     expected = {
         "convolutions": ("7",),

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from ...errors import OptionError, StaleCacheError
 from ...untouched import same_random_state
 from ..freeze import Trunk
-from .cut import find_cut, in_evaluation
+from .cut import in_evaluation
 from .features import Features
+from .find import find_cut
 from .key import difference, key_of
 from .prove import check_rows, largest, proven_head
 from .samples import Content, Draws, Form, check_fixed, first, read, to_device

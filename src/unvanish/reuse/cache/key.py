@@ -61,7 +61,7 @@ def layer_digests(cut: Cut) -> dict[str, str]:
     training it, changes nothing here.
 
     Example:
-        >>> from .cut import find_cut
+        >>> from .find import find_cut
         >>> model = nn.Sequential(nn.Linear(3, 4).requires_grad_(False), nn.ReLU(), nn.Linear(4, 2))
         >>> list(layer_digests(find_cut(model, torch.zeros(2, 3))))
         ['0', '1']
