@@ -137,6 +137,20 @@ def test_what_replicas_give_their_centre_takes(values: list[float], strength: fl
     assert weights(replicas).sum() + centre_of(coupling)[0] == pytest.approx(sum(values) + centre, rel=1e-12, abs=1e-11)
 
 
+def test_another_strength_may_be_set() -> None:
+    """From then on it counts; what is no share is refused, and the old one stays."""
+    replicas = column(0.0, 2.0)
+    coupling = Coupling(replicas, 0.5)
+    with pytest.raises(OptionError, match=r"strength: found 1\.5, expected a number from 0 to 1"):
+        coupling.strength = 1.5
+    coupling.step()
+    assert weights(replicas).ravel().tolist() == [0.5, 1.5]
+    coupling.strength = 1.0
+    coupling.step()
+    assert weights(replicas).ravel().tolist() == [1.0, 1.0]
+    assert coupling.strength == 1.0
+
+
 @pytest.mark.parametrize("force", FORCES)
 def test_strength_zero_and_equal_replicas_change_no_bit(force: Force) -> None:
     """Nothing is pulled at strength 0, and equal replicas that stand at their centre have nowhere to go.

@@ -350,6 +350,26 @@ def test_what_is_fastest_does_not_change_what_is_dropped(monkeypatch: pytest.Mon
     assert not torch.allclose(losses[0, "loop"], losses[1, "loop"])
 
 
+@pytest.mark.parametrize("backend", ["loop", "vmap", "batched", "auto"])
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_replica_that_is_lost_when_the_back_end_is_chosen(backend: Any, lost: float) -> None:
+    """The others lose and learn as they do alone, whatever is compared meanwhile."""
+    torch.manual_seed(0)
+    models = [mlp() for _ in range(3)]
+    replicas = Replicas(models[0], n=3, init=models.__getitem__, backend=backend)
+    with torch.no_grad():
+        replicas.stacked[0].weight[1] = lost
+    x, y = CASES["mlp"].batch()
+    losses = replicas.losses(F.cross_entropy, x, y)
+    losses.sum().backward()
+    assert not losses[1].isfinite()
+    for i in (0, 2):
+        alone = F.cross_entropy(models[i](x), y)
+        alone.backward()
+        torch.testing.assert_close(losses[i], alone)
+        torch.testing.assert_close(replicas.stacked[0].weight.grad[i], models[i][0].weight.grad)
+
+
 def test_deterministic_algorithms_choose_the_loop() -> None:
     """Where every run must give the same bits, no measurement decides."""
     torch.use_deterministic_algorithms(True)

@@ -138,6 +138,17 @@ def delta_norm(grad: Tensor) -> Tensor:
     return norm * math.sqrt(count / sample.numel())
 
 
+def largest(tensor: Tensor) -> float:
+    """Return the largest size of a finite number in a tensor; 0 if there is none.
+
+    Example:
+        >>> largest(torch.tensor([1.0, -3.0, float("inf"), float("nan")]))
+        3.0
+    """
+    finite = tensor[torch.isfinite(tensor)]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
 def row_statistics(before: Tensor, after: Tensor, grads: Tensor) -> Tensor:
     """Return sums over the sampled entries of each parameter.
 

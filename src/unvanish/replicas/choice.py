@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..measures import largest
 from ..shown import unseen
 from ..untouched import untouched
 from .backends import loop, vmapped
@@ -140,16 +141,16 @@ def _autocast_eps(device: str) -> float:
 
 
 def _agree(expected: list[Tensor], found: list[Tensor]) -> bool:
-    """Say whether two back ends did the same: to the root of the precision, relative to the largest number.
+    """Say whether two back ends did the same: to the root of the precision, relative to the largest finite number.
 
     Relative to the largest of all, because many gradients are zero but for rounding, those before a norm for one.
     """
     floats = [(a, b) for a, b in zip(expected, found, strict=False) if a.is_floating_point()]
     if len(expected) != len(found):
         return False
-    largest = max(float(a.abs().max()) for a, _ in floats if a.numel())
+    scale = max(largest(a) for a, _ in floats)
     for a, b in floats:
         close = max(float(torch.finfo(a.dtype).eps), _autocast_eps(a.device.type)) ** 0.5
-        if not torch.allclose(a, b, rtol=close, atol=close * largest, equal_nan=True):
+        if not torch.allclose(a, b, rtol=close, atol=close * scale, equal_nan=True):
             return False
     return True

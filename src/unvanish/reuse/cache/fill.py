@@ -17,13 +17,14 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from ...errors import OptionError, StaleCacheError
+from ...measures import largest
 from ...untouched import same_random_state
 from ..freeze import Trunk
 from .cut import in_evaluation
 from .features import Features
 from .find import find_cut
 from .key import difference, key_of
-from .prove import check_rows, largest, proven_head
+from .prove import check_rows, proven_head
 from .samples import Content, Draws, Form, check_fixed, first, read, to_device
 from .store import (
     MANIFEST,

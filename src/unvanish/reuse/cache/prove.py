@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ...errors import OptionError
+from ...measures import largest
 from ...untouched import same_random_state, untouched
 from .cut import Cut, call
 from .features import Head
@@ -85,9 +86,3 @@ def _close(one: Tensor, other: Tensor) -> bool:
         return torch.equal(one, other)
     atol = min(100 * torch.finfo(one.dtype).eps, 0.05) * max(largest(other), 1e-30)
     return torch.allclose(one, other, rtol=0.0, atol=atol, equal_nan=True)
-
-
-def largest(tensor: Tensor) -> float:
-    """Return the largest size of a finite number in a tensor; 0 if there is none."""
-    finite = tensor[torch.isfinite(tensor)]
-    return float(finite.abs().max()) if finite.numel() else 0.0
