@@ -169,6 +169,20 @@ def test_measuring_changes_nothing() -> None:
     assert np.array_equal(*ended)
 
 
+def test_measuring_goes_on_when_all_replicas_are_lost() -> None:
+    """There is no centre then, so its speeds are unknown; nothing fails."""
+    replicas = apart(2)
+    coupling = Coupling(replicas, 0.1)
+    with LearningSpeed(coupling, every=1) as measured, torch.no_grad():
+        coupling.step()
+        for parameter in replicas.parameters():
+            parameter.fill_(math.nan)
+        coupling.step()
+        assert coupling.observers != []
+    assert measured.speeds.steps.tolist() == [1, 2]
+    assert np.isnan(measured.speeds.values["centre_ratio"][1]).all()
+
+
 def test_a_failure_to_measure_does_not_end_the_training(caplog: pytest.LogCaptureFixture) -> None:
     """What fails in measuring is said once and switched off."""
 

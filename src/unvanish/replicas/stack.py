@@ -47,7 +47,8 @@ def unstack(stacked: nn.Module, pick: Callable[[Tensor], Tensor]) -> nn.Module:
 def mean(stacked: Tensor) -> Tensor:
     """Return the mean over replicas with its axis kept; exact where all replicas are equal.
 
-    Whole numbers, such as the counters of batch norms, have no mean: those of the first replica are taken.
+    Whole numbers, such as the counters of batch norms, have no mean: those of the first replica are taken. Of no
+    replicas the mean is empty.
 
     Cost: large layers are read once, block by block; the mean of a block stays in the cache of a processor.
     """
@@ -56,7 +57,7 @@ def mean(stacked: Tensor) -> Tensor:
         return first
     if first.numel() < _BLOCK or stacked.device.type != "cpu":
         # a sum of n equal numbers, divided by n, need not be that number
-        return torch.add(first, (stacked - first).sum(0, keepdim=True), alpha=1 / len(stacked))
+        return torch.add(first, (stacked - first).sum(0, keepdim=True), alpha=1 / max(len(stacked), 1))
     centre = first.flatten().clone()
     blocks = zip(torch.split(centre, _BLOCK), torch.split(stacked.flatten(1), _BLOCK, 1), strict=True)
     for block, rows in blocks:
